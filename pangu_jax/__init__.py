@@ -1,0 +1,55 @@
+"""Pangu in JAX: openPangu-Embedded 1B/7B and Pangu Pro MoE 72B as pure functions on pytrees.
+
+    model = pangu_jax.load("folder")            # a Hugging Face folder
+    logits = model(tokens)                      # [B, T] int32 -> [B, T, V] float32
+    pangu_jax.trace(model, tokens)              # every layer's hidden states and routing
+    pangu_jax.save_hf(model, "other-folder")
+
+Letters in shapes, everywhere in the project:
+
+    N tokens (flat, sequence-major)   B batch      T time        S cache length    V vocabulary
+    D width (hidden size)             L layers     Q query heads K key/value heads H head_dim
+    F FFN width                       E experts    G MoGE groups
+
+Nothing is imported until it is used: `import pangu_jax` does not import JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pangu_jax.checkpoint.hf import load, save_hf
+    from pangu_jax.config import ModelConfig, MoGEConfig, preset
+    from pangu_jax.errors import CheckpointError, ConfigError, PanguError
+    from pangu_jax.model import Pangu, abstract, convert, init
+    from pangu_jax.tracing import Trace, trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "pangu_jax.checkpoint.hf",
+    "save_hf": "pangu_jax.checkpoint.hf",
+    "ModelConfig": "pangu_jax.config",
+    "MoGEConfig": "pangu_jax.config",
+    "preset": "pangu_jax.config",
+    "CheckpointError": "pangu_jax.errors",
+    "ConfigError": "pangu_jax.errors",
+    "PanguError": "pangu_jax.errors",
+    "Pangu": "pangu_jax.model",
+    "abstract": "pangu_jax.model",
+    "convert": "pangu_jax.model",
+    "init": "pangu_jax.model",
+    "Trace": "pangu_jax.tracing",
+    "trace": "pangu_jax.tracing",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pangu_jax' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,94 @@
+"""Grouped-query attention: one fused q/k/v product, RoPE, causal softmax, output product."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pangu_jax import rope
+from pangu_jax.cache import LayerCache, Meta
+from pangu_jax.config import ModelConfig
+
+# Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts (own choice).
+QUERY_BLOCK = 128
+
+# A position no query reaches: hides padding from the causal comparison.
+NEVER = 2**30
+
+
+class Attention(nnx.Module):
+    """The attention of one layer on this device's heads.
+
+    qkv [K, Q/K + 2, H, D] holds, for every kv head, its query heads, then its key, then its value: a slice of the
+    first axis is a whole piece of work, so splitting heads over devices is splitting that axis.
+    """
+
+    def __init__(self, config: ModelConfig, param: Any):
+        K, H, D = config.num_kv_heads, config.head_dim, config.hidden_size
+        fused = config.num_heads // K + 2
+        self.qkv = param(K, fused, H, D)
+        self.qkv_bias = param(K, fused, H) if config.attention_bias else None
+        self.out = param(D, config.num_heads * H)
+        self.out_bias = param(D) if config.attention_bias else None
+
+    def __call__(
+        self, x: Float[Array, "N D"], angles: rope.Table, meta: Meta, cache: LayerCache | None
+    ) -> tuple[Float[Array, "N D"], LayerCache | None]:
+        """The output product without its bias (added once, where devices' partial sums have met), and the cache."""
+        B, T = meta.positions.shape
+        K, fused, H, _ = self.qkv.shape
+        y = jnp.einsum("nd,kchd->nkch", x, self.qkv[...])
+        if self.qkv_bias is not None:
+            y = y + self.qkv_bias[...][None]
+        y = y.reshape(B, T, K, fused, H)
+        queries = rope.rotate(y[..., :-2, :].reshape(B, T, -1, H), angles)
+        keys = rope.rotate(y[..., -2, :], angles).transpose(0, 2, 1, 3)  # [B, K, T, H]
+        values = y[..., -1, :].transpose(0, 2, 1, 3)
+        if cache is None:
+            key_positions = jnp.where(meta.valid, meta.positions, NEVER)
+        else:
+            cache = cache.write(keys, values, meta)
+            keys, values = cache.read()
+            key_positions = jnp.broadcast_to(jnp.arange(keys.shape[2]), (B, keys.shape[2]))
+        queries = queries.reshape(B, T, K, fused - 2, H)
+        mixed = attend(queries, keys, values, meta.positions, key_positions)
+        return jnp.einsum("nq,dq->nd", mixed.reshape(B * T, -1), self.out[...]), cache
+
+
+def attend(
+    queries: Float[Array, "B T K g H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+) -> Float[Array, "B T K g H"]:
+    """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position; softmax in float32.
+
+    Long calls go through in blocks of queries, so that scores take QUERY_BLOCK x S and not T x S; the backward
+    pass computes each block again. A query that may see no key gets the mean of the values, which is finite.
+    """
+    B, T = query_positions.shape
+    if T <= QUERY_BLOCK:
+        return _attend_block(queries, keys, values, query_positions, key_positions)
+    blocks = math.ceil(T / QUERY_BLOCK)
+    pad = [(0, 0), (0, blocks * QUERY_BLOCK - T)]
+    q = jnp.pad(queries, [*pad, (0, 0), (0, 0), (0, 0)])
+    q = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
+    at = jnp.pad(query_positions, pad).reshape(B, blocks, QUERY_BLOCK).swapaxes(0, 1)
+    block = jax.checkpoint(lambda q, at: _attend_block(q, keys, values, at, key_positions))
+    out = lax.map(lambda pair: block(*pair), (q, at))
+    return out.swapaxes(0, 1).reshape(B, -1, *queries.shape[2:])[:, :T]
+
+
+def _attend_block(
+    queries: Array, keys: Array, values: Array, query_positions: Array, key_positions: Array
+) -> Array:
+    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    visible = key_positions[:, None, :] <= query_positions[:, :, None]  # [B, T, S]
+    scores = jnp.where(visible[:, None, None], scores * queries.shape[-1] ** -0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, values)

@@ -1,0 +1,13 @@
+"""The errors users see. Each carries one line that names the thing and the fix."""
+
+
+class PanguError(ValueError):
+    """Something given to pangu_jax cannot be used; the message is one line for the user."""
+
+
+class ConfigError(PanguError):
+    """A model configuration or layout that is malformed, inconsistent or not supported."""
+
+
+class CheckpointError(PanguError):
+    """A checkpoint folder or file that is damaged, incomplete, unsafe or not of a supported model."""

@@ -1,0 +1,1 @@
+"""How the model lies on a mesh: layouts and the boundaries where data crosses devices."""
