@@ -39,6 +39,7 @@ from pangu_jax.config import ModelConfig
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
+from pangu_jax.origin import Origin
 from pangu_jax.parallel import boundary, layout
 from pangu_jax.parallel.layout import Layout
 
@@ -94,7 +95,7 @@ class Pangu(nnx.Module):
         dtype: DTypeLike,
         where: Layout,
         mesh: Mesh,
-        origin: Any = None,
+        origin: Origin = Origin(),  # noqa: B008 (frozen)
     ):
         self.config, self.form, self.layout, self.mesh = config, form, where, mesh
         self.origin = origin
@@ -272,7 +273,7 @@ def abstract(
     dtype: DTypeLike | None = None,
     where: Layout | str | None = None,
     form: Form | None = None,
-    origin: Any = None,
+    origin: Origin = Origin(),  # noqa: B008 (frozen)
 ) -> Pangu:
     """The model as shapes and dtypes, no data: what loading, initialising and planning fill or read."""
     placed = layout.load(where)

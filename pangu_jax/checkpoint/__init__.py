@@ -1,0 +1,1 @@
+"""Checkpoints in and out. Folders are hostile until checked: no pickle, no remote code, sizes before allocation."""

@@ -1,0 +1,357 @@
+"""Hugging Face folders: `load` streams one in, `save_hf` writes one that the reference implementation loads."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pangu_jax import model as models
+from pangu_jax import strict
+from pangu_jax.checkpoint import hf_config, names, safetensors
+from pangu_jax.checkpoint.folder import INDEX, SINGLE, Folder
+from pangu_jax.config import ModelConfig
+from pangu_jax.errors import CheckpointError, ConfigError
+from pangu_jax.model import Form, Pangu
+from pangu_jax.origin import Origin
+from pangu_jax.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
+
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+# Files that belong to a model beside its weights: remembered by `load`, copied by `save_hf`. Never code.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# Tensors only R-72B-2512 (PanguProMoE V2) has.
+V2_TENSORS = ("qkv_proj", "k_layernorm", "param_sink_key", "e_score_correction_bias")
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    layout: Layout | str | None = None,
+    form: Form | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Pangu:
+    """The model in a Hugging Face folder.
+
+    dtype: float32, bfloat16 or float16; None is the config's `torch_dtype`
+    layout: None (one device), a layout's name, a path or a Layout
+    form: "separate" (default on CPU and GPU) or "stacked" (default on TPU, and for training)
+    progress: called with (bytes read, bytes in all) after each leaf
+
+    Tensors stream from the mapped files to their device; names, shapes, dtypes and byte ranges are all checked
+    before anything is allocated. Raises CheckpointError, one line naming file and tensor.
+    """
+    folder = Path(path)
+    config, raw = read_config(folder)
+    if dtype is not None and _dtype_name(dtype) not in FLOATS:
+        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}, not {_dtype_name(dtype)}")
+    if form not in (None, "separate", "stacked"):
+        raise ConfigError(f"form must be separate or stacked, not {form}")
+    tensors = Folder(folder)
+    parts = check_tensors(config, tensors)
+    origin = Origin(folder.absolute(), raw, _companions(folder))
+    model = models.abstract(config, dtype=dtype, where=layout, form=form, origin=origin)
+    return _fill(model, tensors, parts, progress)
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """A folder's ModelConfig and its raw config.json. EOS ids come from generation_config.json when it has any.
+
+    Raises CheckpointError.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder}: {what}; expected a Hugging Face model folder")
+    file = folder / "config.json"
+    try:
+        raw = strict.read_json_object(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    effective = dict(raw)
+    eos = generation_defaults(folder).get("eos_token_id")
+    if eos is not None:
+        effective["eos_token_id"] = eos
+    try:
+        return hf_config.from_hf(effective), raw
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """The folder's generation_config.json, {} when there is none. Raises CheckpointError."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    try:
+        return strict.read_json_object(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
+
+
+def _companions(folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in COMPANIONS if (folder / name).is_file())
+
+
+def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names.Part, ...]]:
+    """The parts of every leaf, once the folder is known to hold each of them and nothing else.
+
+    Ignored: rotary `inv_freq` (recomputed from rope_theta) and a stored head beside tied embeddings.
+    Raises CheckpointError: missing, extra, mis-shaped or quantised tensors.
+    """
+    spare = {name for name in tensors.names if "rotary_emb.inv_freq" in name}
+    if config.tie_embeddings and "lm_head.weight" in tensors.names:
+        log.info("%s: the embeddings are tied; the stored lm_head.weight is ignored", tensors.path)
+        spare.add("lm_head.weight")
+    parts: dict[str, tuple[names.Part, ...]] = {}
+    expected: set[str] = set()
+    for leaf, leaf_parts in names.leaves(config):
+        for part in leaf_parts:
+            if part.name not in tensors.names:
+                raise CheckpointError(_missing(config, tensors, expected))
+            expected.add(part.name)
+            _check_part(part, tensors)
+        parts[leaf] = leaf_parts
+    extra = sorted(set(tensors.names) - expected - spare)
+    if extra:
+        raise CheckpointError(_extra(extra, tensors))
+    return parts
+
+
+def _missing(config: ModelConfig, tensors: Folder, found: set[str]) -> str:
+    every = (part.name for _, parts in names.leaves(config) for part in parts)
+    absent = list(itertools.islice((name for name in every if name not in tensors.names), 4))
+    hint = ""
+    if absent[0] == "lm_head.weight":
+        hint = " (the config does not tie the embeddings: tie_word_embeddings is false)"
+    elif len(found) <= 1:
+        hint = " (is this a complete Pangu checkpoint?)"
+    return f"{tensors.path}: missing {_listed(absent)}{hint}"
+
+
+def _extra(extra: list[str], tensors: Folder) -> str:
+    hint = ""
+    if any(marker in name for marker in V2_TENSORS for name in extra):
+        hint = f" (they belong to openPangu-R-72B-2512, PanguProMoE V2; {hf_config.SUPPORTED})"
+    return f"{tensors.file_of(extra[0])}: unexpected {_listed(extra)}{hint}"
+
+
+def _listed(tensor_names: list[str]) -> str:
+    shown = ", ".join(strict.shorten(name, quote=False) for name in tensor_names[:3])
+    more = f" and {len(tensor_names) - 3} more" if len(tensor_names) > 3 else ""
+    return f"tensor{'s' if len(tensor_names) > 1 else ''} {shown}{more}"
+
+
+def _check_part(part: names.Part, tensors: Folder) -> None:
+    entry, where = tensors.entry(part.name), f"{tensors.file_of(part.name)}: tensor {part.name}"
+    if entry.dtype not in FLOATS.values():
+        raise CheckpointError(
+            f"{where} is {entry.dtype}; weights must be {', '.join(FLOATS.values())} (quantised "
+            "weights without a known description are not read)"
+        )
+    if entry.shape != part.shape:
+        raise CheckpointError(
+            f"{where} has shape {list(entry.shape)}; config.json says {list(part.shape)}"
+        )
+
+
+def _fill(
+    model: Pangu,
+    tensors: Folder,
+    parts: dict[str, tuple[names.Part, ...]],
+    progress: Progress | None,
+) -> Pangu:
+    """The abstract model with its leaves read, one layer's leaf at a time in host memory."""
+    whole = NamedSharding(model.mesh, PartitionSpec())
+    total = sum(
+        tensors.read(part.name).nbytes for leaf_parts in parts.values() for part in leaf_parts
+    )
+    done = 0
+
+    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        nonlocal done
+        buffer = _aligned(shape, dtype)
+        for part in parts[name]:
+            target = buffer[part.index]
+            source = tensors.read(part.name)
+            target[...] = source.reshape(target.shape)
+            if dtype == np.float16 and not np.isfinite(target).all():
+                raise CheckpointError(
+                    f"{tensors.file_of(part.name)}: tensor {part.name} does not fit float16"
+                )
+            done += source.nbytes
+        if progress:
+            progress(done, total)
+        return jax.device_put(buffer, whole)
+
+    def leaf(name: str, like: Any) -> Array:
+        own = models.layer_names(model, name)
+        if own is None:
+            return read(name, like.shape, like.dtype)
+        stack = jax.device_put(jnp.zeros(like.shape, like.dtype), whole)
+        for i, layer in enumerate(own):
+            stack = _put_layer(stack, read(layer, like.shape[1:], like.dtype), i)
+            # One at a time: queued transfers would hold every layer's host buffer at once.
+            stack.block_until_ready()
+        return stack
+
+    return models.fill(model, leaf)
+
+
+@jax.jit(donate_argnames="stack")
+def _put_layer(stack: Array, layer: Array, index: int) -> Array:
+    return lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which `device_put` can take on a CPU without a copy."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def save_hf(
+    model: Pangu, path: str | os.PathLike[str], *, shard_bytes: int = 5_000_000_000
+) -> None:
+    """A Hugging Face folder that the reference implementation loads.
+
+    path: the new folder; it must not exist, or be empty. It appears complete or not at all.
+    shard_bytes: the most a weight file holds (one larger tensor gets a file of its own)
+
+    Bit-equal when the model's dtype is the stored one. Keeps token ids and unknown keys of the config.json it was
+    loaded from, copies the tokenizer and generation files `load` saw, writes no code. Raises CheckpointError, also
+    for what the published format cannot express.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists; save to a new or empty folder")
+    _check_expressible(model.config, model.origin)
+    dtype = np.dtype(model.dtype)
+    config = hf_config.to_hf(model.config, dtype.name, model.origin.config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        _write_weights(model, partial, dtype, shard_bytes)
+        _write_json(partial / "config.json", config)
+        _copy_companions(model.origin, partial)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_expressible(config: ModelConfig, origin: Origin) -> None:
+    """Pro MoE's published class has biases and head_dim = hidden / heads, with no config field to say otherwise."""
+    said = origin.config or {}
+    if config.moge is None:
+        return
+    if not config.attention_bias and not {"bias", "attention_bias"} & said.keys():
+        raise CheckpointError("the published Pro MoE format cannot express attention_bias = false")
+    if config.head_dim * config.num_heads != config.hidden_size and "head_dim" not in said:
+        raise CheckpointError(
+            f"the published Pro MoE format cannot express head_dim {config.head_dim} with "
+            f"{config.num_heads} heads of a width of {config.hidden_size}"
+        )
+
+
+def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
+    located = _locate(model)
+    shards: list[list[tuple[safetensors.Spec, str, names.Part]]] = [[]]
+    size = 0
+    for leaf, parts in names.leaves(model.config):
+        for part in parts:
+            spec = safetensors.Spec(part.name, dtype, part.shape)
+            if size and size + spec.nbytes > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append((spec, leaf, part))
+            size += spec.nbytes
+    files = [
+        SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = _slices(located, shard)
+        safetensors.write(folder / file, [spec for spec, _, _ in shard], tensors)
+    if len(shards) > 1:
+        total = sum(spec.nbytes for shard in shards for spec, _, _ in shard)
+        where = {
+            spec.name: file
+            for file, shard in zip(files, shards, strict=True)
+            for spec, _, _ in shard
+        }
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _locate(model: Pangu) -> dict[str, tuple[Array, int | None]]:
+    """For each leaf name in separate form, the array that holds it and its index when stacked."""
+    located: dict[str, tuple[Array, int | None]] = {}
+    for name, leaf in models.named_leaves(model):
+        layers = models.layer_names(model, name)
+        for i, own in enumerate(layers or [name]):
+            located[own] = (leaf, None if layers is None else i)
+    return located
+
+
+def _slices(
+    located: dict[str, tuple[Array, int | None]],
+    shard: list[tuple[safetensors.Spec, str, names.Part]],
+) -> Iterator[np.ndarray]:
+    """The tensors of a shard in order; consecutive parts of one leaf share its transfer from the device."""
+    for leaf, group in itertools.groupby(shard, key=lambda item: item[1]):
+        array, layer = located[leaf]
+        host = np.asarray(array if layer is None else array[layer])
+        for _, _, part in group:
+            yield host[part.index].reshape(part.shape)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy_companions(origin: Origin, folder: Path) -> None:
+    for name in origin.companions:
+        assert origin.folder is not None
+        source = origin.folder / name
+        if not source.exists() or not stat.S_ISREG(os.stat(source).st_mode):
+            raise CheckpointError(f"{source}: was there when the model was loaded and is gone")
+        shutil.copyfile(source, folder / name)
