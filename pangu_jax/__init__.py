@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pangu_jax.checkpoint.hf import load, save_hf
     from pangu_jax.config import ModelConfig, MoGEConfig, preset
-    from pangu_jax.errors import CheckpointError, ConfigError, PanguError
+    from pangu_jax.errors import CheckpointError, ConfigError, InputError, PanguError
     from pangu_jax.model import Pangu, abstract, convert, init
     from pangu_jax.tracing import Trace, trace
 
@@ -34,6 +34,7 @@ _HOMES = {
     "preset": "pangu_jax.config",
     "CheckpointError": "pangu_jax.errors",
     "ConfigError": "pangu_jax.errors",
+    "InputError": "pangu_jax.errors",
     "PanguError": "pangu_jax.errors",
     "Pangu": "pangu_jax.model",
     "abstract": "pangu_jax.model",

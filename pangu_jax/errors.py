@@ -11,3 +11,7 @@ class ConfigError(PanguError):
 
 class CheckpointError(PanguError):
     """A checkpoint folder or file that is damaged, incomplete, unsafe or not of a supported model."""
+
+
+class InputError(PanguError):
+    """A prompt, sampling setting or command-line value that cannot be used."""
