@@ -1,13 +1,15 @@
-"""Generation on the device: one prefill, then a decode loop that returns to the host every CHUNK tokens.
+"""Generation on the device: one prefill, then a decode loop that returns to the host every CHUNK
+tokens.
 
-Prompts are ragged: they are padded on the right to one of few shapes. Within a chunk there is no host round trip;
-between chunks the host looks for the end, reports progress, can be interrupted, and makes room in the cache.
+Prompts are ragged: they are padded on the right to one of few shapes. Within a chunk there is no
+host round trip; between chunks the host looks for the end, reports progress, can be interrupted,
+and makes room in the cache.
 """
 
 import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +25,21 @@ from pangu_jax.cache import Cache, Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
+from pangu_jax.pytree import pytree
 
-# Decode steps of one dispatch (own choice): under a second for a 7B on CPU or less, so Ctrl-C is prompt.
+# Decode steps of one dispatch (own choice): few host round trips, and Ctrl-C still answers.
 CHUNK = 32
+
+# The cache grows ahead by at most this many slots: every size compiles once, and unused slots are
+# still read.
+AHEAD = 512
+
 SMALLEST_PROMPT = 16
 SMALLEST_STOPS = 8
 
 FinishReason = Literal["stop", "length"]
 Progress = Callable[[int], None]
+Prompt = Sequence[SupportsIndex] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Completion:
 
     token_ids: without the prompt, with the end-of-sequence or stop token that ended it
     logprobs: of each token, in the distribution it was chosen from
-    finish_reason: "stop" after an end token, "length" at max_new_tokens or the model's last position
+    finish_reason: "stop" after an end token, "length" at max_new_tokens or the model's last
+        position
     """
 
     token_ids: list[int]
@@ -47,8 +57,7 @@ class Completion:
     finish_reason: FinishReason
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class State:
     """Where decoding stands. `token` was chosen last and is not in the cache yet."""
 
@@ -58,8 +67,7 @@ class State:
     """Tokens each row may still choose; 0 when it has finished."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Request:
     """What stays the same for the rows of a batch."""
 
@@ -71,7 +79,7 @@ class Request:
 
 def generate(
     model: Pangu,
-    token_lists: Sequence[Sequence[int]],
+    token_lists: Sequence[Prompt] | np.ndarray,
     sampling: Sampling | None = None,
     *,
     progress: Progress | None = None,
@@ -79,7 +87,8 @@ def generate(
     """One Completion per prompt of token ids, in order. Greedy when `sampling` is None.
 
     progress: called with the number of decode steps done after every dispatch
-    Raises InputError: an empty prompt, an id outside the vocabulary, a prompt past the model's last position.
+    Raises InputError: an empty prompt, an id outside the vocabulary, a prompt past the model's last
+    position.
     """
     sampling = sampling or Sampling()
     prompts = [check_prompt(model.config, prompt) for prompt in token_lists]
@@ -96,18 +105,16 @@ def generate(
     while (alive := np.asarray(state.left) > 0).any():
         if progress:
             progress(steps)
-        longest = int(np.asarray(state.cache.length)[alive].max())
-        want = min(CHUNK, int(np.asarray(state.left).max()))
-        state = _make_room(state, longest + want)
+        state = _make_room(state, alive)
         state, new = _decode(model, state, request)
         chosen.append(jax.device_get(new))
-        steps += want
+        steps += int((chosen[-1][0] >= 0).any(axis=0).sum())
     ids = np.concatenate([ids for ids, _ in chosen], axis=1)
     logprobs = np.concatenate([logprobs for _, logprobs in chosen], axis=1)
     return [_completion(ids[row], logprobs[row], stops) for row in range(len(prompts))]
 
 
-def check_prompt(config: ModelConfig, prompt: Sequence[int]) -> np.ndarray:
+def check_prompt(config: ModelConfig, prompt: Any) -> np.ndarray:
     """The prompt as int32. Raises InputError."""
     ids = np.asarray(prompt)
     if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
@@ -117,7 +124,8 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int]) -> np.ndarray:
         raise InputError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
     if ids.size > config.max_positions:
         raise InputError(
-            f"a prompt of {ids.size} tokens is longer than the model's {config.max_positions} positions"
+            f"a prompt of {ids.size} tokens is longer than the model's {config.max_positions} "
+            "positions"
         )
     return ids.astype(np.int32)
 
@@ -147,7 +155,8 @@ def _request(
 ) -> Request:
     last = model.config.max_positions
     limits = np.zeros(rows, np.int32)
-    # The token after the last position is chosen but never fed back, so a full prompt still gets one.
+    # The token after the last position is chosen but never fed back, so a full prompt still gets
+    # one.
     for row, prompt in enumerate(prompts):
         limits[row] = min(sampling.max_new_tokens, last - prompt.size + 1)
     stop_ids = np.full(bucket(len(stops), SMALLEST_STOPS), -1, np.int32)
@@ -165,10 +174,13 @@ def _request(
     return Request(controls, jnp.asarray(limits), jnp.asarray(stop_ids))
 
 
-def _make_room(state: State, slots: int) -> State:
-    if slots <= state.cache.capacity:
+def _make_room(state: State, alive: np.ndarray) -> State:
+    """Slots for the next chunk at least; a cache that must grow gets up to AHEAD more."""
+    length, left = np.asarray(state.cache.length)[alive], np.asarray(state.left)[alive]
+    if (length + np.minimum(left, CHUNK)).max() <= state.cache.capacity:
         return state
-    return dataclasses.replace(state, cache=_grow(state.cache, bucket(slots)))
+    slots = bucket(int((length + np.minimum(left, AHEAD)).max()))
+    return dataclasses.replace(state, cache=_grow(state.cache, slots))
 
 
 _grow = jax.jit(caches.grow, static_argnames="capacity")
@@ -183,9 +195,7 @@ def _prefill(
     def local(model: Pangu, tokens: Array, mask: Array, request: Request) -> tuple:
         B, T = tokens.shape
         meta = Meta.from_mask(mask)
-        hidden, cache = models.forward(
-            model, tokens.reshape(-1), meta, model.empty_cache(B, T)
-        )
+        hidden, cache = models.forward(model, tokens.reshape(-1), meta, model.empty_cache(B, T))
         assert cache is not None
         last = jnp.maximum(cache.length - 1, 0)
         ends = hidden.reshape(B, T, -1)[jnp.arange(B), last]

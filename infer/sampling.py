@@ -9,17 +9,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from pangu_jax.errors import InputError
+from pangu_jax.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of one request; the default is greedy. Raises InputError for values that make no sense.
+    """Settings of one request; the default is greedy.
+
+    Raises InputError for values that make no sense.
 
     max_new_tokens: the most tokens to generate
     temperature: 0 is greedy
     top_k: sample among the k likeliest tokens; 0 or -1 is off
     top_p: sample among the likeliest tokens that together reach this probability
-    seed: the draw at a position depends on the seed and the position alone; None seeds every prompt afresh
+    seed: the draw at a position depends on the seed and the position alone; None seeds every prompt
+        afresh
     stop_token_ids: generation also ends after one of these
     ignore_eos: do not end at the model's end-of-sequence tokens
     """
@@ -44,8 +48,7 @@ class Sampling:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Controls:
     """The settings of every row of a batch, on the device."""
 
@@ -60,13 +63,12 @@ def choose(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of every row, and its log-probability in the distribution it was drawn from.
 
-    A greedy row takes the likeliest token (the first of equals) and reports it in the unscaled distribution.
+    A greedy row takes the likeliest token (the first of equals) and reports it in the unscaled
+    distribution.
     positions: where the tokens will stand; with the row's key they fix the draw, whatever the batch
     """
     greedy = controls.temperature == 0
-    processed = lax.cond(
-        jnp.all(greedy), lambda: logits, lambda: process(logits, controls)
-    )
+    processed = lax.cond(jnp.all(greedy), lambda: logits, lambda: process(logits, controls))
     draw_keys = jax.vmap(jax.random.fold_in)(controls.keys, positions)
     drawn = lax.cond(
         jnp.all(greedy),
@@ -81,7 +83,8 @@ def choose(
 def process(logits: Float[Array, "B V"], controls: Controls) -> Float[Array, "B V"]:
     """Logits after temperature, then top-k, then top-p of what is left; greedy rows unchanged.
 
-    Tokens equal to the last one kept are kept too (own choice: the result does not depend on how ties sort).
+    Tokens equal to the last one kept are kept too (own choice: the result does not depend on how
+    ties sort).
     """
     temperature = jnp.where(controls.temperature == 0, 1.0, controls.temperature)
     scaled = logits / temperature[:, None]

@@ -13,7 +13,8 @@ from pangu_jax import rope
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.config import ModelConfig
 
-# Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts (own choice).
+# Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts
+# (own choice).
 QUERY_BLOCK = 128
 
 # A position no query reaches: hides padding from the causal comparison.
@@ -23,8 +24,9 @@ NEVER = 2**30
 class Attention(nnx.Module):
     """The attention of one layer on this device's heads.
 
-    qkv [K, Q/K + 2, H, D] holds, for every kv head, its query heads, then its key, then its value: a slice of the
-    first axis is a whole piece of work, so splitting heads over devices is splitting that axis.
+    qkv [K, Q/K + 2, H, D] holds, for every kv head, its query heads, then its key, then its value:
+    a slice of the first axis is a whole piece of work, so splitting heads over devices is splitting
+    that axis.
     """
 
     def __init__(self, config: ModelConfig, param: Any):
@@ -38,7 +40,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "N D"], angles: rope.Table, meta: Meta, cache: LayerCache | None
     ) -> tuple[Float[Array, "N D"], LayerCache | None]:
-        """The output product without its bias (added once, where devices' partial sums have met), and the cache."""
+        """The output product without its bias (added once, where devices' partial sums have met),
+        and the cache.
+        """
         B, T = meta.positions.shape
         K, fused, H, _ = self.qkv.shape
         y = jnp.einsum("nd,kchd->nkch", x, self.qkv[...])
@@ -66,10 +70,12 @@ def attend(
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
 ) -> Float[Array, "B T K g H"]:
-    """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position; softmax in float32.
+    """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position; softmax in
+    float32.
 
-    Long calls go through in blocks of queries, so that scores take QUERY_BLOCK x S and not T x S; the backward
-    pass computes each block again. A query that may see no key gets the mean of the values, which is finite.
+    Long calls go through in blocks of queries, so that scores take QUERY_BLOCK x S and not T x S;
+    the backward pass computes each block again. A query that may see no key gets the mean of the
+    values, which is finite.
     """
     B, T = query_positions.shape
     if T <= QUERY_BLOCK:

@@ -1,23 +1,23 @@
 """The KV cache: contiguous, head-major, updated by pure functions.
 
-A sequence's token at position p lies in slot p: padding is never stored, so left-padded, right-padded and
-incremental calls leave the same cache behind. A cache has one pair of arrays per run of layers of the model,
-`[L, B, K, S, H]` for stacked layers and `[B, K, S, H]` for a separate one; both are updated in place when donated.
+A sequence's token at position p lies in slot p: padding is never stored, so left-padded, right-
+padded and incremental calls leave the same cache behind. A cache has one pair of arrays per run of
+layers of the model, `[L, B, K, S, H]` for stacked layers and `[B, K, S, H]` for a separate one;
+both are updated in place when donated.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.config import ModelConfig
+from pangu_jax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Meta:
     """Where the tokens of one call stand: a grid of B sequences by T tokens, padding anywhere.
 
@@ -29,9 +29,7 @@ class Meta:
     valid: Bool[Array, "B T"]
 
     @classmethod
-    def from_mask(
-        cls, mask: Bool[Array, "B T"], start: Int[Array, " B"] | None = None
-    ) -> "Meta":
+    def from_mask(cls, mask: Bool[Array, "B T"], start: Int[Array, " B"] | None = None) -> "Meta":
         """Positions `max(cumsum(mask) - 1, 0)`, counted from each sequence's `start`."""
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         if start is not None:
@@ -39,8 +37,7 @@ class Meta:
         return cls(positions, mask)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Cache:
     """Keys and values of every run of layers, and how many slots of each sequence are filled."""
 
@@ -54,10 +51,11 @@ class Cache:
         return self.keys[0].shape[-2]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LayerCache:
-    """One layer's part of a run's arrays; `layer` is its index in the run, None for a separate layer."""
+    """One layer's part of a run's arrays; `layer` is its index in the run, None for a separate
+    layer.
+    """
 
     keys: Array
     values: Array
@@ -72,9 +70,7 @@ class LayerCache:
         """The cache with the valid tokens in the slots of their positions."""
         slots = jnp.where(meta.valid, meta.positions, self.keys.shape[-2])  # past the end: dropped
         put = lambda buffer, new: _put(buffer, new, slots, self.layer)
-        return dataclasses.replace(
-            self, keys=put(self.keys, keys), values=put(self.values, values)
-        )
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """This layer's keys and values."""

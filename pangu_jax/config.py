@@ -16,7 +16,9 @@ MAX_LAYERS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class MoGEConfig:
-    """Mixture of Grouped Experts (arXiv 2505.21411, section 2): one expert of every group per token."""
+    """Mixture of Grouped Experts (arXiv 2505.21411, section 2): one expert of every group per
+    token.
+    """
 
     num_experts: int
     num_groups: int
@@ -41,7 +43,9 @@ class MoGEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The facts of one network, dense (Embedded) or MoGE (Pro MoE). Raises ConfigError when inconsistent.
+    """The facts of one network, dense (Embedded) or MoGE (Pro MoE).
+
+    Raises ConfigError when inconsistent.
 
     The two families differ only in the MLP: exactly one of `intermediate_size` and `moge` is given.
     """
@@ -57,7 +61,9 @@ class ModelConfig:
     intermediate_size: int | None = None
     moge: MoGEConfig | None = None
     attention_bias: bool = True
-    """Whether the q, k, v and output projections all have biases (they do in every published model)."""
+    """Whether the q, k, v and output projections all have biases (they do in every published
+    model).
+    """
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
     init_range: float = 0.02
@@ -106,7 +112,9 @@ class ModelConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through, embedding and head counted (arXiv 2505.21411, table 1)."""
+        """Parameters that one token passes through, embedding and head counted (arXiv 2505.21411,
+        table 1).
+        """
         idle = self._layer_parameters(active=False) - self._layer_parameters(active=True)
         return self.num_parameters - self.num_layers * idle
 
@@ -138,7 +146,9 @@ def _check_dimensions(config: object, names: tuple[str, ...], limit: int = MAX_D
 
 
 def configs_folder() -> Path:
-    """Where the data of `configs/` lies: inside an installed package, or beside it in a source tree."""
+    """Where the data of `configs/` lies: inside an installed package, or beside it in a source
+    tree.
+    """
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -158,6 +168,8 @@ def named_file(kind: str, name: str | Path) -> Path:
 
 
 def preset(name: str | Path) -> ModelConfig:
-    """The ModelConfig of a preset (nano, nano-moge, embedded-1b, embedded-7b, pro-moe-72b) or a TOML file."""
+    """The ModelConfig of a preset (nano, nano-moge, embedded-1b, embedded-7b, pro-moe-72b) or a
+    TOML file.
+    """
     path = named_file("models", name)
     return strict.build(ModelConfig, strict.read_toml(path), str(path))

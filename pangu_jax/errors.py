@@ -10,7 +10,7 @@ class ConfigError(PanguError):
 
 
 class CheckpointError(PanguError):
-    """A checkpoint folder or file that is damaged, incomplete, unsafe or not of a supported model."""
+    """A checkpoint that is damaged, incomplete, unsafe or not of a supported model."""
 
 
 class InputError(PanguError):

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), no biases. gate_up [2, F, D] and down [D, F] split over devices along F."""
+    """down(silu(gate(x)) * up(x)), no biases. gate_up [2, F, D] and down [D, F] split over devices
+    along F.
+    """
 
     def __init__(self, hidden_size: int, width: int, param: Any):
         self.gate_up = param(2, width, hidden_size)

@@ -5,16 +5,17 @@ One network for both families. A block is
     x = x + attention(norm(x))        grouped-query attention with RoPE and biases (attention.py)
     x = x + mlp(norm(x))              dense SwiGLU (mlp.py) or Mixture of Grouped Experts (moge.py)
 
-Modules are immutable pytrees of weights with a pure `__call__`: apply `jax.jit`, `jax.grad`, `jax.tree.map` to
-them directly. Everything that changes (cache, keys, optimizer state) is an argument and a result.
+Modules are immutable pytrees of weights with a pure `__call__`: apply `jax.jit`, `jax.grad`,
+`jax.tree.map` to them directly. Everything that changes (cache, keys, optimizer state) is an
+argument and a result.
 
-`forward` is written for one device and runs under one `jax.shard_map`; the residual stream is flat tokens [N, D].
-Training, full passes, prefill and decode all call it, with other metadata and caches. `Pangu.__call__` is the door
-for users and opens that shard_map.
+`forward` is written for one device and runs under one `jax.shard_map`; the residual stream is flat
+tokens [N, D]. Training, full passes, prefill and decode all call it, with other metadata and
+caches. `Pangu.__call__` is the door for users and opens that shard_map.
 
-Layers come in two forms. "separate": one module per layer and an unrolled loop (decode on CPU and GPU, where
-scanning copies every layer's weights). "stacked": runs of equal layers as leaves [L, ...] under `lax.scan`
-(training, TPU: the program stays small). `convert` turns one into the other.
+Layers come in two forms. "separate": one module per layer and an unrolled loop (decode on CPU and
+GPU, where scanning copies every layer's weights). "stacked": runs of equal layers as leaves [L,
+...] under `lax.scan` (training, TPU: the program stays small). `convert` turns one into the other.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ class Pangu(nnx.Module):
         dtype: DTypeLike,
         where: Layout,
         mesh: Mesh,
-        origin: Origin = Origin(),  # noqa: B008 (frozen)
+        origin: Origin = Origin(),
     ):
         self.config, self.form, self.layout, self.mesh = config, form, where, mesh
         self.origin = origin
@@ -117,11 +118,11 @@ class Pangu(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Float32 logits of a full causal pass.
 
-        attention_mask: True or 1 for tokens, False or 0 for padding on either side; logits at padding are finite
-            and otherwise unspecified. Positions are `max(cumsum(mask) - 1, 0)`.
+        attention_mask: True or 1 for tokens, False or 0 for padding on either side; logits at
+            padding are finite and otherwise unspecified. Positions are `max(cumsum(mask) - 1, 0)`.
 
-        Raises ValueError for shapes or dtypes that do not fit, token ids outside the vocabulary (checked in NumPy
-        arrays), or a mesh entered by the caller.
+        Raises ValueError for shapes or dtypes that do not fit, token ids outside the vocabulary
+        (checked in NumPy arrays), or a mesh entered by the caller.
         """
         return _logits(self, *check_tokens(self.config, tokens, attention_mask))
 
@@ -132,7 +133,7 @@ class Pangu(nnx.Module):
 
     @property
     def runs(self) -> tuple[int | None, ...]:
-        """Length of every run of stacked layers, None for a separate layer: the shape of a cache."""
+        """Length of every run of stacked layers, None for a separate one: the shape of a cache."""
         if self.form == "separate":
             return (None,) * len(self.blocks)
         return tuple(block.attention_norm.weight.shape[0] for block in self.blocks)
@@ -150,8 +151,9 @@ def forward(
 ) -> tuple[Float[Array, "N D"], Cache | None]:
     """Final hidden states (normalised, ready for `logits`) of flat tokens, and the updated cache.
 
-    Runs on one device's shards, under `on_mesh`. Without a cache the tokens attend to each other; with one they
-    are written to their slots and attend to everything cached at or before their positions.
+    Runs on one device's shards, under `on_mesh`. Without a cache the tokens attend to each other;
+    with one they are written to their slots and attend to everything cached at or before their
+    positions.
     """
     hidden, cache, _ = tapped_forward(model, tokens, meta, cache, lambda x, routing: None)
     return hidden, cache
@@ -160,7 +162,9 @@ def forward(
 def tapped_forward(
     model: Pangu, tokens: Int[Array, " N"], meta: Meta, cache: Cache | None, tap: Tap
 ) -> tuple[Float[Array, "N D"], Cache | None, list[Any]]:
-    """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of layers."""
+    """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
+    layers.
+    """
     with exact_if_float32(model):
         with jax.named_scope("embed"):
             x = jnp.take(model.embed[...], tokens, axis=0, mode="clip")
@@ -190,7 +194,10 @@ def _single_layer(layer: Callable, block: Block, x: Array, pair: Any, tap: Tap) 
 
 
 def _scan_run(layer: Callable, blocks: Block, x: Array, pair: Any, tap: Tap) -> tuple:
-    """A run of stacked layers. The cache rides in the carry: as scan inputs and outputs it would be copied."""
+    """A run of stacked layers.
+
+    The cache rides in the carry: as scan inputs and outputs it would be copied.
+    """
 
     def step(carry: tuple, block_and_index: tuple) -> tuple:
         (x, pair), (block, index) = carry, block_and_index
@@ -210,14 +217,18 @@ def logits(model: Pangu, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
 
 
 def exact_if_float32(model: Pangu) -> contextlib.AbstractContextManager:
-    """Full float32 products for a float32 model on every platform: TF32 and bf16 passes break parity."""
+    """Full float32 products for a float32 model on every platform: TF32 and bf16 passes break
+    parity.
+    """
     if model.dtype == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
 
 def on_mesh(model: Pangu, local: Callable) -> Callable:
-    """`local(model, ...)`, written for one device, as a function of global arrays on the model's mesh."""
+    """`local(model, ...)`, written for one device, as a function of global arrays on the model's
+    mesh.
+    """
     ambient = jax.sharding.get_abstract_mesh()
     if not ambient.empty:
         raise ValueError(
@@ -238,22 +249,27 @@ def _logits(model: Pangu, tokens: Array, mask: Array) -> Array:
 
 
 def check_tokens(config: ModelConfig, tokens: Any, mask: Any) -> tuple[Any, Any]:
-    """Tokens as int32 [B, T] and the mask as bool [B, T], all True when it is None. Raises ValueError."""
+    """Tokens as int32 [B, T] and the mask as bool [B, T], all True when it is None.
+
+    Raises ValueError.
+    """
     if getattr(tokens, "ndim", None) != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        kind = f"{getattr(tokens, 'dtype', type(tokens).__name__)}{list(getattr(tokens, 'shape', []))}"
+        kind = (
+            f"{getattr(tokens, 'dtype', type(tokens).__name__)}{list(getattr(tokens, 'shape', []))}"
+        )
         raise ValueError(f"tokens must be an integer array [B, T], not {kind}")
     if 0 in tokens.shape:
         raise ValueError(f"tokens {list(tokens.shape)} hold no token")
-    if isinstance(tokens, np.ndarray):
-        shown = tokens if mask is None else np.where(np.asarray(mask), tokens, 0)
-        low, high = int(shown.min()), int(shown.max())
-        if low < 0 or high >= config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
     if mask is None:
         mask = np.ones(tokens.shape, bool)
     if getattr(mask, "shape", None) != tokens.shape:
         raise ValueError(f"attention_mask must have the tokens' shape {list(tokens.shape)}")
+    if isinstance(tokens, np.ndarray) and isinstance(mask, np.ndarray):
+        shown = np.where(mask, tokens, 0)
+        low, high = int(shown.min()), int(shown.max())
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
     return tokens.astype(np.int32), mask.astype(bool)
 
 
@@ -273,9 +289,11 @@ def abstract(
     dtype: DTypeLike | None = None,
     where: Layout | str | None = None,
     form: Form | None = None,
-    origin: Origin = Origin(),  # noqa: B008 (frozen)
+    origin: Origin = Origin(),
 ) -> Pangu:
-    """The model as shapes and dtypes, no data: what loading, initialising and planning fill or read."""
+    """The model as shapes and dtypes, no data: what loading, initialising and planning fill or
+    read.
+    """
     placed = layout.load(where)
     kind = jnp.dtype(config.dtype if dtype is None else dtype)
     return Pangu(config, form or default_form(), kind, placed, placed.make_mesh(), origin)
@@ -294,7 +312,9 @@ def fill(model: Pangu, leaf: Callable[[str, Any], Array]) -> Pangu:
 
 
 def layer_names(model: Pangu, name: str) -> list[str] | None:
-    """For a leaf of a run of stacked layers, the names its slices have as separate layers; else None."""
+    """For a leaf of a run of stacked layers, the names its slices have as separate layers; else
+    None.
+    """
     if model.form == "separate" or not name.startswith("blocks."):
         return None
     _, run, rest = name.split(".", 2)
@@ -304,7 +324,9 @@ def layer_names(model: Pangu, name: str) -> list[str] | None:
 
 
 def convert(model: Pangu, form: Form) -> Pangu:
-    """The same model with its layers in the other form; pure, and usable under `jax.jit` and `jax.grad`."""
+    """The same model with its layers in the other form; pure, and usable under `jax.jit` and
+    `jax.grad`.
+    """
     if form == model.form:
         return model
     slices: dict[str, Callable[[], Array]] = {}
@@ -329,7 +351,8 @@ def init(
     where: Layout | str | None = None,
     form: Form | None = None,
 ) -> Pangu:
-    """A randomly initialised model: matrices normal with `init_range`, norms and router_scale 1, biases 0.
+    """A randomly initialised model: matrices normal with `init_range`, norms and router_scale 1,
+    biases 0.
 
     Both forms hold the same numbers: the key of a layer's leaf is folded from its name.
     """
@@ -342,7 +365,7 @@ def init(
         if name.endswith("bias"):
             return jnp.zeros(like.shape, like.dtype)
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        return _normal(own, config.init_range, like.shape, like.dtype)
+        return _normal(own, np.float32(config.init_range), like.shape, like.dtype)
 
     def leaf(name: str, like: Any) -> Array:
         names = layer_names(model, name)
@@ -355,5 +378,5 @@ def init(
 
 
 @jax.jit(static_argnames=("shape", "dtype"))
-def _normal(key: Array, scale: float, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def _normal(key: Array, scale: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)

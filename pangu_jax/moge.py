@@ -1,10 +1,10 @@
-"""Mixture of Grouped Experts: every token picks one expert in every group (arXiv 2505.21411, section 2).
+"""Mixture of Grouped Experts: every token picks one expert in every group (arXiv 2505.21411,
+section 2).
 
-The published text (eq. 5-7) leaves out what the released code adds: a learned `router_scale` per expert, applied
-to the weight of a chosen expert and never to the choice.
+The published text (eq. 5-7) leaves out what the released code adds: a learned `router_scale` per
+expert, applied to the weight of a chosen expert and never to the choice.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from pangu_jax.config import ModelConfig
 from pangu_jax.mlp import MLP
+from pangu_jax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Routing:
-    """Where the tokens went: logits before the softmax, one expert per group, its weight before `router_scale`."""
+    """Where the tokens went: logits before the softmax, one expert per group, its weight before
+    `router_scale`.
+    """
 
     logits: Float[Array, "N E"]
     experts: Int[Array, "N G"]
@@ -43,16 +45,19 @@ class MoGE(nnx.Module):
     def __call__(self, x: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Routing]:
         """Routed plus shared output (this device's partial sum), and the routing."""
         routing = route(jnp.einsum("nd,ed->ne", x, self.router[...]), self.num_groups)
-        # The weight is rounded to the activations' dtype first, as the reference does; the sum stays float32.
+        # The weight is rounded to the activations' dtype first, as the reference does; the sum
+        # stays float32.
         weights = routing.weights.astype(x.dtype) * self.router_scale[...][routing.experts]
         routed = mix_experts(x, routing.experts, weights, self.gate_up[...], self.down[...])
         return routed + self.shared(x), routing
 
 
 def route(logits: Float[Array, "N E"], num_groups: int) -> Routing:
-    """The best expert of each group of consecutive experts, with its share of the softmax over *all* experts.
+    """The best expert of each group of consecutive experts, with its share of the softmax over
+    *all* experts.
 
-    The softmax is float32. Weights are not renormalised over the chosen; of equal experts the first is taken.
+    The softmax is float32. Weights are not renormalised over the chosen; of equal experts the first
+    is taken.
     """
     N, E = logits.shape
     logits = logits.astype(jnp.float32)
@@ -72,10 +77,11 @@ def mix_experts(
 ) -> Float[Array, "N D"]:
     """sum_g weights[n, g] * expert[experts[n, g]](x[n]), computing only the chosen pairs.
 
-    The N*G (token, expert) pairs are sorted by expert and cut into blocks that each belong to one expert; a scan
-    over the blocks multiplies each with that expert's weights. The number of blocks is static, because an expert
-    wastes less than one block; empty blocks repeat an expert and are never read back. (Own choice: exact, static
-    shapes, and one expert's weights at a time on every platform.)
+    The N*G (token, expert) pairs are sorted by expert and cut into blocks that each belong to one
+    expert; a scan over the blocks multiplies each with that expert's weights. The number of blocks
+    is static, because an expert wastes less than one block; empty blocks repeat an expert and are
+    never read back. (Own choice: exact, static shapes, and one expert's weights at a time on every
+    platform.)
     """
     N, G = experts.shape
     E = gate_up.shape[0]
@@ -107,5 +113,7 @@ def mix_experts(
 
 
 def _block_size(pairs: int, experts: int) -> int:
-    """About the mean number of tokens per expert, a power of two: at most twice as many blocks as experts."""
+    """About the mean number of tokens per expert, a power of two: at most twice as many blocks as
+    experts.
+    """
     return min(256, 1 << max(0, (pairs // experts) - 1).bit_length())

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, statistics in float32, rounded to x's dtype *before* the weight (as the reference)."""
+    """x / rms(x) * weight, statistics in float32, rounded to x's dtype *before* the weight (as the
+    reference).
+    """
 
     def __init__(self, width: int, eps: float, param: Any):
         self.weight = param(width)

@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """The folder a model was loaded from, its parsed config.json, and the tokenizer and generation files there.
+    """The folder a model was loaded from, its config.json, and the companion files there.
 
-    It travels with the model but is no part of its type: all origins are equal, so that models from different
-    folders share compiled functions and can be mapped together. A model that comes out of a jitted function
-    carries the origin of the model the function was first traced with.
+    It travels with the model but is no part of its type: all origins are equal, so that models from
+    different folders share compiled functions and can be mapped together. A model that comes out of
+    a jitted function carries the origin of the model the function was first traced with.
     """
 
     folder: Path | None = None

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 Table = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 
@@ -11,15 +11,17 @@ Table = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]
 def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
     """theta^(-2j / H) for the H/2 pairs, float32.
 
-    The power is rounded to float32 and then inverted in float32, as the reference does: at position 32,000 one
-    unit in the last place is already a visible angle.
+    The power is rounded to float32 and then inverted in float32, as the reference does: at position
+    32,000 one unit in the last place is already a visible angle.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     return np.float32(1) / np.power(np.float64(theta), exponents).astype(np.float32)
 
 
 def table(positions: Int[Array, "B T"], theta: float, head_dim: int, dtype: DTypeLike) -> Table:
-    """Cosine and sine of every position's angles: computed in float32, cast to the activations' dtype."""
+    """Cosine and sine of every position's angles: computed in float32, cast to the activations'
+    dtype.
+    """
     frequencies = jnp.asarray(inverse_frequencies(theta, head_dim))
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)

@@ -1,4 +1,6 @@
-"""Strict reading of outside data: JSON and TOML into checked values, with the dotted path in every complaint."""
+"""Strict reading of outside data: JSON and TOML into checked values, with the dotted path in every
+complaint.
+"""
 
 import dataclasses
 import json
@@ -8,6 +10,7 @@ import stat
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +18,8 @@ from pangu_jax.errors import ConfigError
 
 T = TypeVar("T")
 
-# The published config.json has 1 kB and the 72B's tensor index 1 MB; anything far larger is not one of them.
+# The published config.json has 1 kB and the 72B's tensor index 1 MB; anything far larger is not one
+# of them.
 MAX_TEXT_BYTES = 16 * 2**20
 
 
@@ -40,7 +44,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or Infinity. Raises ConfigError, `where` in front."""
+    """A JSON object without duplicate keys, NaN or Infinity.
+
+    Raises ConfigError, `where` in front.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -56,9 +63,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{where}: not valid JSON (line {error.lineno}: {error.msg})"
-        ) from None
+        raise ConfigError(f"{where}: not valid JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None
     except ConfigError:
@@ -86,12 +91,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def build(cls: type[T], table: dict[str, Any], where: str) -> T:
-    """A dataclass from a table: every key known, every value of the declared type. Raises ConfigError."""
+    """A dataclass from a table: every key known, every value of the declared type.
+
+    Raises ConfigError.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {shorten(key)}{suggest(key, fields)}")
+    values = {key: coerce(hints[key], value, f"{where}: {key}") for key, value in table.items()}
     missing = [
         name
         for name, field in fields.items()
@@ -101,7 +110,6 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
     ]
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    values = {key: coerce(hints[key], value, f"{where}: {key}") for key, value in table.items()}
     try:
         return cls(**values)
     except ConfigError as error:
@@ -109,7 +117,9 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
 
 
 def coerce(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, without guessing: an int may become a float, a list a tuple."""
+    """`value` as the annotated type `kind`, without guessing: an int may become a float, a list a
+    tuple.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -122,7 +132,9 @@ def coerce(kind: Any, value: Any, where: str) -> Any:
         return build(typing.cast(type, kind), value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} must be one of {', '.join(arguments)}; not {describe(value)}")
+            raise ConfigError(
+                f"{where} must be one of {', '.join(arguments)}; not {describe(value)}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -153,7 +165,7 @@ def shorten(text: str, quote: bool = True, limit: int = 80) -> str:
     return f"'{printable}'" if quote else printable
 
 
-def suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name nearest to a misspelt one, else nothing."""
     import difflib
 

@@ -1,6 +1,5 @@
 """What every layer did with some tokens: the view for debugging and for parity tests."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,21 +11,22 @@ from pangu_jax import model as models
 from pangu_jax.cache import Meta
 from pangu_jax.model import Pangu
 from pangu_jax.moge import Routing
+from pangu_jax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Trace:
     """The residual stream and the routing of a full pass.
 
-    hidden: the embedding, then the residual stream after each layer, before the final norm
+    hidden: L + 1 states: the embedding, then the residual stream after each layer, before the final
+        norm
     final_norm: after the final norm
     router_logits: before the softmax; None for dense models, as are the next two
     experts: the chosen expert of each group, by its index among all experts
     weights: its share of the softmax over all experts, before `router_scale`
     """
 
-    hidden: Float[Array, "L+1 B T D"]
+    hidden: Float[Array, "states B T D"]
     final_norm: Float[Array, "B T D"]
     router_logits: Float[Array, "L B T E"] | None
     experts: Int[Array, "L B T G"] | None
@@ -36,9 +36,7 @@ class Trace:
 def trace(
     model: Pangu,
     tokens: Int[Array | np.ndarray, "B T"],
-    attention_mask: Bool[Array | np.ndarray, "B T"]
-    | Int[Array | np.ndarray, "B T"]
-    | None = None,
+    attention_mask: Bool[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Trace:
     """The Trace of a full causal pass. Raises ValueError as the model's own call does."""
     return _trace(model, *models.check_tokens(model.config, tokens, attention_mask))
@@ -58,8 +56,12 @@ def _trace(model: Pangu, tokens: Array, mask: Array) -> Trace:
         streams, routing = layers
         embedded = grid(model.embed[...][tokens.reshape(-1)].astype(jnp.float32)[None])
         none: dict[str, Any] = dict(router_logits=None, experts=None, weights=None)
-        routed = none if routing is None else dict(
-            router_logits=routing.logits, experts=routing.experts, weights=routing.weights
+        routed = (
+            none
+            if routing is None
+            else dict(
+                router_logits=routing.logits, experts=routing.experts, weights=routing.weights
+            )
         )
         return Trace(
             hidden=jnp.concatenate([embedded, streams]),

@@ -1,1 +1,4 @@
-"""Checkpoints in and out. Folders are hostile until checked: no pickle, no remote code, sizes before allocation."""
+"""Checkpoints in and out.
+
+Folders are hostile until checked: no pickle, no remote code, sizes before allocation.
+"""

@@ -19,8 +19,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 class Folder:
     """Every tensor of a folder by name, read from memory maps. Raises CheckpointError.
 
-    As in Transformers a single `model.safetensors` goes before an index. Links are followed: the Hugging Face
-    cache is made of them. Names in an index must be files of the folder itself.
+    As in Transformers a single `model.safetensors` goes before an index. Links are followed: the
+    Hugging Face cache is made of them. Names in an index must be files of the folder itself.
     """
 
     def __init__(self, path: Path):
@@ -71,7 +71,7 @@ class Folder:
         for name, file in listed.items():
             if name not in shards[file].entries:
                 raise CheckpointError(
-                    f"{self.path / file}: tensor {strict.shorten(name)} is missing, {INDEX} lists it"
+                    f"{self.path / file}: tensor {strict.shorten(name)} is missing; {INDEX} has it"
                 )
             self._files[name] = shards[file]
 

@@ -1,4 +1,6 @@
-"""Hugging Face folders: `load` streams one in, `save_hf` writes one that the reference implementation loads."""
+"""Hugging Face folders: `load` streams one in, `save_hf` writes one that the reference
+implementation loads.
+"""
 
 import itertools
 import json
@@ -32,7 +34,8 @@ log = logging.getLogger(__name__)
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# Files that belong to a model beside its weights: remembered by `load`, copied by `save_hf`. Never code.
+# Files that belong to a model beside its weights: remembered by `load`, copied by `save_hf`. Never
+# code.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.model",
@@ -65,8 +68,9 @@ def load(
     form: "separate" (default on CPU and GPU) or "stacked" (default on TPU, and for training)
     progress: called with (bytes read, bytes in all) after each leaf
 
-    Tensors stream from the mapped files to their device; names, shapes, dtypes and byte ranges are all checked
-    before anything is allocated. Raises CheckpointError, one line naming file and tensor.
+    Tensors stream from the mapped files to their device; names, shapes, dtypes and byte ranges are
+    all checked before anything is allocated. Raises CheckpointError, one line naming file and
+    tensor.
     """
     folder = Path(path)
     config, raw = read_config(folder)
@@ -82,7 +86,9 @@ def load(
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """A folder's ModelConfig and its raw config.json. EOS ids come from generation_config.json when it has any.
+    """A folder's ModelConfig and its raw config.json.
+
+    EOS ids come from generation_config.json when it has any.
 
     Raises CheckpointError.
     """
@@ -129,7 +135,8 @@ def _companions(folder: Path) -> tuple[str, ...]:
 def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names.Part, ...]]:
     """The parts of every leaf, once the folder is known to hold each of them and nothing else.
 
-    Ignored: rotary `inv_freq` (recomputed from rope_theta) and a stored head beside tied embeddings.
+    Ignored: rotary `inv_freq` (recomputed from rope_theta) and a stored head beside tied
+    embeddings.
     Raises CheckpointError: missing, extra, mis-shaped or quantised tensors.
     """
     spare = {name for name in tensors.names if "rotary_emb.inv_freq" in name}
@@ -223,7 +230,7 @@ def _fill(
             return read(name, like.shape, like.dtype)
         stack = jax.device_put(jnp.zeros(like.shape, like.dtype), whole)
         for i, layer in enumerate(own):
-            stack = _put_layer(stack, read(layer, like.shape[1:], like.dtype), i)
+            stack = _put_layer(stack, read(layer, like.shape[1:], like.dtype), np.int32(i))
             # One at a time: queued transfers would hold every layer's host buffer at once.
             stack.block_until_ready()
         return stack
@@ -232,12 +239,14 @@ def _fill(
 
 
 @jax.jit(donate_argnames="stack")
-def _put_layer(stack: Array, layer: Array, index: int) -> Array:
+def _put_layer(stack: Array, layer: Array, index: Array) -> Array:
     return lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary, which `device_put` can take on a CPU without a copy."""
+    """An uninitialised array on a 64-byte boundary, which `device_put` can take on a CPU without a
+    copy.
+    """
     nbytes = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -252,9 +261,9 @@ def save_hf(
     path: the new folder; it must not exist, or be empty. It appears complete or not at all.
     shard_bytes: the most a weight file holds (one larger tensor gets a file of its own)
 
-    Bit-equal when the model's dtype is the stored one. Keeps token ids and unknown keys of the config.json it was
-    loaded from, copies the tokenizer and generation files `load` saw, writes no code. Raises CheckpointError, also
-    for what the published format cannot express.
+    Bit-equal when the model's dtype is the stored one. Keeps token ids and unknown keys of the
+    config.json it was loaded from, copies the tokenizer and generation files `load` saw, writes no
+    code. Raises CheckpointError, also for what the published format cannot express.
     """
     target = Path(path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -276,7 +285,9 @@ def save_hf(
 
 
 def _check_expressible(config: ModelConfig, origin: Origin) -> None:
-    """Pro MoE's published class has biases and head_dim = hidden / heads, with no config field to say otherwise."""
+    """Pro MoE's published class has biases and head_dim = hidden / heads, with no config field to
+    say otherwise.
+    """
     said = origin.config or {}
     if config.moge is None:
         return
@@ -332,7 +343,9 @@ def _slices(
     located: dict[str, tuple[Array, int | None]],
     shard: list[tuple[safetensors.Spec, str, names.Part]],
 ) -> Iterator[np.ndarray]:
-    """The tensors of a shard in order; consecutive parts of one leaf share its transfer from the device."""
+    """The tensors of a shard in order; consecutive parts of one leaf share its transfer from the
+    device.
+    """
     for leaf, group in itertools.groupby(shard, key=lambda item: item[1]):
         array, layer = located[leaf]
         host = np.asarray(array if layer is None else array[layer])

@@ -8,7 +8,10 @@ from pangu_jax.errors import ConfigError
 
 DENSE, MOE = "PanguEmbedded", "PanguProMoE"
 CLASSES = {DENSE: "PanguEmbeddedForCausalLM", MOE: "PanguProMoEForCausalLM"}
-SUPPORTED = "pangu_jax reads openPangu-Embedded 1B/7B (PanguEmbedded) and Pangu Pro MoE 72B (PanguProMoE, MoGE)"
+SUPPORTED = (
+    "pangu_jax reads openPangu-Embedded 1B/7B (PanguEmbedded) and Pangu Pro MoE 72B "
+    "(PanguProMoE, MoGE)"
+)
 
 # Other networks of the family, by the class their config names.
 LOOK_ALIKES = {
@@ -21,7 +24,8 @@ LOOK_ALIKES = {
     "OpenPangu2": "openPangu-2.0",
 }
 
-# Fields only other networks have. R-72B-2512 keeps model_type "PanguProMoE" and would otherwise load half-way.
+# Fields only other networks have. R-72B-2512 keeps model_type "PanguProMoE" and would otherwise
+# load half-way.
 V2_FIELDS = (
     *("n_routed_experts", "n_shared_experts", "param_sink_number", "qk_nope_dim", "qk_rope_dim"),
     *("v_channels", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob"),
@@ -64,7 +68,10 @@ def refuse_look_alike(raw: dict[str, Any]) -> None:
 
 
 def from_hf(raw: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a parsed `config.json`. Raises ConfigError: look-alikes, unsupported or bad values."""
+    """The ModelConfig of a parsed `config.json`.
+
+    Raises ConfigError: look-alikes, unsupported or bad values.
+    """
     refuse_look_alike(raw)
     kind = _family(raw)
     for name, neutral in NEUTRAL.items():
@@ -153,7 +160,7 @@ def _head_dim(raw: dict[str, Any], table: dict[str, Any]) -> Any:
 
 
 def _rope_theta(raw: dict[str, Any]) -> Any:
-    """rope_theta, at the top level or (newer Transformers) in rope_parameters; scaling is refused."""
+    """rope_theta, at the top level or in rope_parameters (newer); scaling is refused."""
     theta = raw.get("rope_theta")
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name)
@@ -178,12 +185,14 @@ def _bias(raw: dict[str, Any]) -> Any:
 
 
 def _dtype(raw: dict[str, Any]) -> Any:
-    """`torch_dtype`, or `dtype` as newer Transformers writes it; bfloat16 as published when absent."""
+    """`torch_dtype`, or `dtype` in newer Transformers; bfloat16, as published, when absent."""
     return _optional(raw, "torch_dtype", _optional(raw, "dtype", "bfloat16"))
 
 
 def _moge(raw: dict[str, Any]) -> dict[str, Any]:
-    """One expert per group, so the groups are as many as the experts of a token (the published rule)."""
+    """One expert per group, so the groups are as many as the experts of a token (the published
+    rule).
+    """
     names = {
         "num_experts": "num_experts",
         "num_groups": "num_experts_per_tok",
@@ -204,7 +213,8 @@ def eos_token_ids(raw: dict[str, Any]) -> Any:
 def to_hf(config: ModelConfig, dtype: str, original: dict[str, Any] | None) -> dict[str, Any]:
     """The `config.json` of a model stored in `dtype`.
 
-    original: the config.json it was loaded from: its unknown keys, and the token ids as it wrote them, are kept.
+    original: the config.json it was loaded from: its unknown keys, and the token ids as it wrote
+        them, are kept.
     """
     kind = DENSE if config.moge is None else MOE
     raw: dict[str, Any] = {

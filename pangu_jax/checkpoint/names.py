@@ -1,7 +1,7 @@
 """Which published tensor goes where: one table, read by loading, saving and checking.
 
-Weights keep the published [out, in] order, so a tensor is a slice of one of our leaves and nothing is transposed:
-`leaf[part.index]` holds the tensor `part.name`, reshaped to `part.shape`.
+Weights keep the published [out, in] order, so a tensor is a slice of one of our leaves and nothing
+is transposed: `leaf[part.index]` holds the tensor `part.name`, reshaped to `part.shape`.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ Leaf = tuple[str, tuple[Part, ...]]
 def leaves(config: ModelConfig) -> Iterator[Leaf]:
     """Every leaf by its name in separate form, with its parts, in the order files list them.
 
-    Lazy: a hostile config may claim billions of tensors, and the first missing one ends the reading.
+    Lazy: a hostile config may claim billions of tensors, and the first missing one ends the
+    reading.
     """
     vocab = (config.vocab_size, config.hidden_size)
     yield "embed", (Part("model.embed_tokens.weight", vocab),)

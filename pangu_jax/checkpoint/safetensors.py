@@ -1,8 +1,8 @@
 """The safetensors format: a strict header reader over a memory map, and a writer that streams.
 
-A file is an 8-byte little-endian header length, a JSON header and the tensors' bytes. The reader holds nothing in
-memory but the header and checks what the format promises: known dtypes, byte ranges that match the shapes, follow
-each other without gap or overlap, and end where the file ends.
+A file is an 8-byte little-endian header length, a JSON header and the tensors' bytes. The reader
+holds nothing in memory but the header and checks what the format promises: known dtypes, byte
+ranges that match the shapes, follow each other without gap or overlap, and end where the file ends.
 """
 
 import dataclasses
@@ -56,7 +56,10 @@ class Entry:
 
 
 class File:
-    """A checked safetensors file, mapped read-only. Raises CheckpointError naming file and tensor."""
+    """A checked safetensors file, mapped read-only.
+
+    Raises CheckpointError naming file and tensor.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -133,8 +136,7 @@ def _entry(path: Path, name: str, fields: Any) -> Entry:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63
-        for item in value
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
     )
 
 
@@ -170,7 +172,9 @@ class Spec:
 
 
 def write(path: Path, specs: Iterable[Spec], tensors: Iterator[np.ndarray]) -> None:
-    """A safetensors file with the tensors of `specs`, drawn one at a time in that order, synced to disk."""
+    """A safetensors file with the tensors of `specs`, drawn one at a time in that order, synced to
+    disk.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in specs:

@@ -1,7 +1,8 @@
-"""Where data crosses devices: a block gathers its tokens with `enter` and hands results back with `leave`.
+"""Where data crosses devices: a block gathers its tokens with `enter` and hands results back with
+`leave`.
 
-The residual stream is sharded by tokens over every axis that shares them. A module that splits its own weights
-over some axes needs all the tokens of those axes, and returns partial sums of them:
+The residual stream is sharded by tokens over every axis that shares them. A module that splits its
+own weights over some axes needs all the tokens of those axes, and returns partial sums of them:
 
     x = x + leave(module(enter(norm(x), axes)), axes)
 

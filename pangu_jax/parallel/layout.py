@@ -1,4 +1,7 @@
-"""Layout: the mesh and the role of its axes in every module. `configs/layouts/*.toml` holds them."""
+"""Layout: the mesh and the role of its axes in every module.
+
+`configs/layouts/*.toml` holds them.
+"""
 
 import dataclasses
 import math
@@ -25,7 +28,7 @@ class AttentionRoles:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRoles:
-    """Axes that split the routed experts (whole groups), and axes that split each expert's width."""
+    """Axes that split the routed experts (whole groups), and axes that split their width."""
 
     expert: Axes
     ffn: Axes
@@ -67,9 +70,10 @@ class Layout:
                 if axis not in sizes:
                     raise ConfigError(f"unknown mesh axis {axis}; there are {', '.join(sizes)}")
         if self.num_devices > 1:
-            # The blocks call their boundaries already; placing weights on several devices comes with layouts.
+            # The blocks call their boundaries already; placing weights on several devices comes
+            # with layouts.
             raise ConfigError(
-                f"a mesh of {self.num_devices} devices is not supported yet; use the layout 'single'"
+                f"a mesh of {self.num_devices} devices is not supported yet; use layout 'single'"
             )
 
     @property
@@ -78,11 +82,16 @@ class Layout:
         return math.prod(dataclasses.astuple(self.mesh))
 
     def split(self, axes: Axes) -> Axes:
-        """The axes among `axes` that really split something: collectives over the others are the identity."""
+        """The axes among `axes` that really split something: collectives over the others are the
+        identity.
+        """
         return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
 
     def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over the given devices, by default the first ones JAX sees. Raises ConfigError."""
+        """The mesh over the given devices, by default the first ones JAX sees.
+
+        Raises ConfigError.
+        """
         devices = default_devices() if devices is None else devices
         if len(devices) < self.num_devices:
             raise ConfigError(

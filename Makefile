@@ -1,0 +1,41 @@
+# Everything sets itself up: a virtual environment in the tree, then pip. Needs python3 (3.11 or newer) and venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPES := --jaxtyping-packages=pangu_jax,infer,train,beartype.beartype
+
+.PHONY: help demo test test-slow check format clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
+
+demo: $(READY)  ## write, load, check and run small random models (a minute or two)
+	$(BIN)/pangu-infer demo
+
+test: $(READY)  ## the test suite without the slow tests
+	$(BIN)/python -m pytest -m "not slow" $(TYPES) $(ARGS)
+
+test-slow: $(READY)  ## the slow tests: gigabytes of weights, minutes of CPU
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(READY)  ## lint, formatting, types, and the layering of the packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(READY)  ## format the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and what runs left behind
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis runs
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV): once, a minute or two ..."
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $(READY)

@@ -1,0 +1,63 @@
+"""The commands of `pangu-infer`.
+
+No JAX here: this is read before the command line is understood.
+"""
+
+import dataclasses
+from typing import Literal
+
+from infer.cli import flag
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+FormName = Literal["separate", "stacked"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Generate from a checkpoint folder.
+
+    Settings that are not given come from the folder's generation_config.json.
+    """
+
+    model: str = flag("Hugging Face model folder", metavar="DIR")
+    prompt_ids: tuple[int, ...] = flag("the prompt as token ids, such as 1,5,9", metavar="N,N,...")
+    max_new_tokens: int | None = flag("the most tokens to generate (else 128)", None)
+    temperature: float | None = flag("0 is greedy", None)
+    top_k: int | None = flag("sample among the k likeliest tokens; 0 is off", None)
+    top_p: float | None = flag("sample among the likeliest tokens reaching this probability", None)
+    seed: int | None = flag("makes sampling repeatable", None)
+    stop_token_ids: tuple[int, ...] = flag("also stop at these ids", ())
+    ignore_eos: bool = flag("do not stop at the model's end tokens", False)
+    dtype: DTypeName | None = flag("dtype of weights and activations (else the folder's)", None)
+    layout: str | None = flag("a layout's name or TOML file", None, metavar="NAME")
+    form: FormName | None = flag("layer form (else by platform)", None)
+    json: bool = flag("print one JSON object on stdout", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Check a checkpoint folder: names, shapes, counts, values, a few greedy tokens.
+
+    Prints a report to paste. Exit code 0 when all is well, 1 when something is wrong.
+    """
+
+    model: str = flag("Hugging Face model folder", metavar="DIR")
+    skip_run: bool = flag("do not load the model and generate", False)
+    json: bool = flag("print one JSON object on stdout", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Write small random checkpoints, check them and generate from them: needs no weights and no
+    network.
+    """
+
+    output: str = flag("folder for the checkpoints", "runs/demo", metavar="DIR")
+
+
+COMMANDS = {"generate": Generate, "check": Check, "demo": Demo}
+HANDLERS = {
+    "Generate": "infer.answer:run",
+    "Check": "infer.check:run",
+    "Demo": "infer.demo:run",
+}

@@ -1,0 +1,46 @@
+"""What a person sees while something takes long: bars on stderr, if that is a terminal."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+Advance = Callable[[int, int], None]
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def reading(what: str = "reading") -> Iterator[Advance]:
+    """A bar of bytes; call the result with (done, total)."""
+    with _bar(what, DownloadColumn()) as (bar, task):
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def generating(most: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens; call the result with the number generated so far."""
+    with _bar("generating", MofNCompleteColumn()) as (bar, task):
+        yield lambda done: bar.update(task, completed=done, total=most)
+
+
+@contextlib.contextmanager
+def _bar(what: str, counter: ProgressColumn) -> Iterator[tuple[Progress, int]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        yield bar, bar.add_task(what, total=None)

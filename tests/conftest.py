@@ -1,0 +1,25 @@
+"""The suite runs on eight virtual CPU devices, with strict promotion and warnings as errors."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+HARDWARE = {"gpu": "gpu", "tpu": "tpu"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for hardware or weights that are not here are skipped."""
+    platform = jax.default_backend()
+    for item in items:
+        for marker, needed in HARDWARE.items():
+            if item.get_closest_marker(marker) and platform != needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs a {needed}"))
+        if item.get_closest_marker("weights") and not os.environ.get("PANGU_WEIGHTS"):
+            item.add_marker(pytest.mark.skip(reason="needs PANGU_WEIGHTS"))
