@@ -17,7 +17,7 @@ _HOMES = {
     "generate": "infer.generation",
     "Sampling": "infer.sampling",
 }
-__all__ = [*_HOMES]
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,8 +55,26 @@ class Demo:
     output: str = flag("folder for the checkpoints", "runs/demo", metavar="DIR")
 
 
-COMMANDS = {"generate": Generate, "check": Check, "demo": Demo}
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure prefill and decode speed against the bounds of this machine.
+
+    Bandwidth and FLOP bounds are measured in the same run. A preset's weights are random.
+    """
+
+    model: str = flag("model folder, or the name or TOML file of a preset", metavar="DIR|NAME")
+    dtype: DTypeName | None = flag("dtype of weights and activations (else the model's)", None)
+    form: FormName | None = flag("layer form (else by platform)", None)
+    prompt: int = flag("tokens of each prompt", 512)
+    tokens: int = flag("tokens to decode", 32)
+    batch: int = flag("prompts at a time", 1)
+    repeats: int = flag("timed repetitions", 3)
+    json: bool = flag("print one JSON object on stdout", False)
+
+
+COMMANDS = {"generate": Generate, "check": Check, "bench": Bench, "demo": Demo}
 HANDLERS = {
+    "Bench": "infer.bench:run",
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",
     "Demo": "infer.demo:run",

@@ -43,7 +43,7 @@ _HOMES = {
     "Trace": "pangu_jax.tracing",
     "trace": "pangu_jax.tracing",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

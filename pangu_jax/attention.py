@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pangu_jax import rope
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.config import ModelConfig
+from pangu_jax.linear import linear
 
 # Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts
 # (own choice).
@@ -45,7 +46,7 @@ class Attention(nnx.Module):
         """
         B, T = meta.positions.shape
         K, fused, H, _ = self.qkv.shape
-        y = jnp.einsum("nd,kchd->nkch", x, self.qkv[...])
+        y = linear(x, self.qkv[...])
         if self.qkv_bias is not None:
             y = y + self.qkv_bias[...][None]
         y = y.reshape(B, T, K, fused, H)
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
             key_positions = jnp.broadcast_to(jnp.arange(keys.shape[2]), (B, keys.shape[2]))
         queries = queries.reshape(B, T, K, fused - 2, H)
         mixed = attend(queries, keys, values, meta.positions, key_positions)
-        return jnp.einsum("nq,dq->nd", mixed.reshape(B * T, -1), self.out[...]), cache
+        return linear(mixed.reshape(B * T, -1), self.out[...]), cache
 
 
 def attend(

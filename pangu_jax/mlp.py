@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from pangu_jax.linear import linear
 
 
 class MLP(nnx.Module):
@@ -19,5 +20,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """This device's partial sum of the output."""
-        gate, up = jnp.moveaxis(jnp.einsum("nd,pfd->npf", x, self.gate_up[...]), 1, 0)
-        return jnp.einsum("nf,df->nd", jax.nn.silu(gate) * up, self.down[...])
+        return swiglu(x, self.gate_up[...], self.down[...])
+
+
+def swiglu(
+    x: Float[Array, "N D"], gate_up: Float[Array, "2 F D"], down: Float[Array, "D F"]
+) -> Float[Array, "N D"]:
+    """down(silu(gate(x)) * up(x))."""
+    y = linear(x, gate_up)
+    return linear(jax.nn.silu(y[:, 0]) * y[:, 1], down)

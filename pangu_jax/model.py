@@ -37,6 +37,7 @@ from pangu_jax import rope
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
+from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
@@ -213,7 +214,7 @@ def logits(model: Pangu, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
     """Float32 logits of final hidden states; a tied head is the embedding itself."""
     head = model.embed if model.head is None else model.head
     with exact_if_float32(model), jax.named_scope("head"):
-        return jnp.einsum("nd,vd->nv", hidden, head[...], preferred_element_type=jnp.float32)
+        return linear(hidden, head[...], jnp.float32)
 
 
 def exact_if_float32(model: Pangu) -> contextlib.AbstractContextManager:
@@ -330,10 +331,10 @@ def convert(model: Pangu, form: Form) -> Pangu:
     if form == model.form:
         return model
     slices: dict[str, Callable[[], Array]] = {}
-    for name, leaf in named_leaves(model):
+    for name, held in named_leaves(model):
         for i, own in enumerate(layer_names(model, name) or []):
-            slices[own] = lambda leaf=leaf, i=i: leaf[i]
-        slices.setdefault(name, lambda leaf=leaf: leaf)
+            slices[own] = lambda held=held, i=i: held[i]
+        slices.setdefault(name, lambda held=held: held)
     target = Pangu(model.config, form, model.dtype, model.layout, model.mesh, model.origin)
 
     def leaf(name: str, like: Any) -> Array:

@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.config import ModelConfig
-from pangu_jax.mlp import MLP
+from pangu_jax.linear import linear
+from pangu_jax.mlp import MLP, swiglu
 from pangu_jax.pytree import pytree
 
 
@@ -44,7 +45,7 @@ class MoGE(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Routing]:
         """Routed plus shared output (this device's partial sum), and the routing."""
-        routing = route(jnp.einsum("nd,ed->ne", x, self.router[...]), self.num_groups)
+        routing = route(linear(x, self.router[...]), self.num_groups)
         # The weight is rounded to the activations' dtype first, as the reference does; the sum
         # stays float32.
         weights = routing.weights.astype(x.dtype) * self.router_scale[...][routing.experts]
@@ -102,8 +103,7 @@ def mix_experts(
     def one_block(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
         expert, tokens = block
         own = lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-        gate, up = jnp.moveaxis(jnp.einsum("nd,pfd->npf", x[tokens], own(gate_up)), 1, 0)
-        return None, jnp.einsum("nf,df->nd", jax.nn.silu(gate) * up, own(down))
+        return None, swiglu(x[tokens], own(gate_up), own(down))
 
     _, rows = lax.scan(one_block, None, (block_expert, token_of_row.reshape(num_blocks, size)))
     row_of_pair = jnp.zeros(N * G, row.dtype).at[order].set(row)

@@ -22,6 +22,9 @@ T = TypeVar("T")
 # of them.
 MAX_TEXT_BYTES = 16 * 2**20
 
+# Deeper than any configuration nests, and far from what printing a value could overflow.
+MAX_DEPTH = 32
+
 
 def read_text(path: Path) -> str:
     """The UTF-8 text of a regular file of at most 16 MiB. Links are followed. Raises ConfigError.
@@ -50,11 +53,11 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{where}: the key {shorten(twice)} appears twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ConfigError(f"{where}: the key {shorten(name)} appears twice")
+            found[name] = value
         return found
 
     def refuse(constant: str) -> None:
@@ -70,9 +73,27 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         raise
     except ValueError:  # an integer literal of thousands of digits
         raise ConfigError(f"{where}: holds a number too long to read") from None
+    if _depth(value) > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested too deeply")
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects nest, counted without recursion, up to just past MAX_DEPTH."""
+    level, depth = [value], 0
+    while depth <= MAX_DEPTH:
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return depth
+        depth += 1
+    return depth
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -93,14 +114,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 def build(cls: type[T], table: dict[str, Any], where: str) -> T:
     """A dataclass from a table: every key known, every value of the declared type.
 
+    where: what comes before the name of a key in a complaint, if anything
     Raises ConfigError.
     """
+    at = f"{where}: " if where else ""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {shorten(key)}{suggest(key, fields)}")
-    values = {key: coerce(hints[key], value, f"{where}: {key}") for key, value in table.items()}
+            raise ConfigError(f"{at}unknown key {shorten(key)}{suggest(key, fields)}")
+    values = {key: coerce(hints[key], value, f"{at}{key}") for key, value in table.items()}
     missing = [
         name
         for name, field in fields.items()
@@ -109,11 +132,11 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+        raise ConfigError(f"{at}missing {', '.join(missing)}")
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{at}{error}") from None
 
 
 def coerce(kind: Any, value: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ from pangu_jax.errors import CheckpointError, ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_NAME = 255
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -80,7 +81,9 @@ def _check_file_name(index: Path, name: str, file: object) -> None:
     where = f"{index}: tensor {strict.shorten(name)}"
     if not isinstance(file, str):
         raise CheckpointError(f"{where}: its file must be a name, not {strict.describe(file)}")
-    if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file or os.sep in file:
+    if not file.isprintable() or len(file) > MAX_NAME:
+        raise CheckpointError(f"{where}: {strict.shorten(file)} is not a file name")
+    if file in ("", ".", "..") or "/" in file or "\\" in file:
         raise CheckpointError(f"{where}: the file {strict.shorten(file)} lies outside the folder")
     if file.endswith(PICKLES):
         raise CheckpointError(f"{where}: {strict.shorten(file)} is a pickle, which is never loaded")

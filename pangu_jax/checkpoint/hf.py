@@ -36,8 +36,9 @@ FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Files that belong to a model beside its weights: remembered by `load`, copied by `save_hf`. Never
 # code.
+GENERATION = "generation_config.json"
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -92,27 +93,29 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     Raises CheckpointError.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder}: {what}; expected a Hugging Face model folder")
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        name = strict.shorten(str(folder), quote=False, limit=300)
+        raise CheckpointError(f"{name}: {what}; expected a Hugging Face model folder")
     file = folder / "config.json"
     try:
         raw = strict.read_json_object(file)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    effective = dict(raw)
-    eos = generation_defaults(folder).get("eos_token_id")
-    if eos is not None:
-        effective["eos_token_id"] = eos
     try:
-        return hf_config.from_hf(effective), raw
+        config = hf_config.from_hf(raw)
+        file = folder / GENERATION
+        eos = hf_config.eos_token_ids(generation_defaults(folder))
+        if eos:
+            config = hf_config.with_eos(config, eos)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    return config, raw
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
     """The folder's generation_config.json, {} when there is none. Raises CheckpointError."""
-    file = folder / "generation_config.json"
+    file = folder / GENERATION
     if not file.exists():
         return {}
     try:
@@ -146,12 +149,14 @@ def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names
     parts: dict[str, tuple[names.Part, ...]] = {}
     expected: set[str] = set()
     for leaf, leaf_parts in names.leaves(config):
+        checked = []
         for part in leaf_parts:
             if part.name not in tensors.names:
                 raise CheckpointError(_missing(config, tensors, expected))
             expected.add(part.name)
             _check_part(part, tensors)
-        parts[leaf] = leaf_parts
+            checked.append(part)
+        parts[leaf] = tuple(checked)
     extra = sorted(set(tensors.names) - expected - spare)
     if extra:
         raise CheckpointError(_extra(extra, tensors))
@@ -214,7 +219,8 @@ def _fill(
         for part in parts[name]:
             target = buffer[part.index]
             source = tensors.read(part.name)
-            target[...] = source.reshape(target.shape)
+            with np.errstate(over="ignore"):  # what does not fit is found below
+                target[...] = source.reshape(target.shape)
             if dtype == np.float16 and not np.isfinite(target).all():
                 raise CheckpointError(
                     f"{tensors.file_of(part.name)}: tensor {part.name} does not fit float16"
@@ -265,23 +271,30 @@ def save_hf(
     config.json it was loaded from, copies the tokenizer and generation files `load` saw, writes no
     code. Raises CheckpointError, also for what the published format cannot express.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link to an empty folder stays a link
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists; save to a new or empty folder")
     _check_expressible(model.config, model.origin)
-    dtype = np.dtype(model.dtype)
-    config = hf_config.to_hf(model.config, dtype.name, model.origin.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    partial.mkdir()
     try:
-        _write_weights(model, partial, dtype, shard_bytes)
-        _write_json(partial / "config.json", config)
-        _copy_companions(model.origin, partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        _write_folder(model, partial, shard_bytes)
         os.replace(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_folder(model: Pangu, folder: Path, shard_bytes: int) -> None:
+    dtype = np.dtype(model.dtype)
+    _write_weights(model, folder, dtype, shard_bytes)
+    config = hf_config.to_hf(model.config, dtype.name, model.origin.config)
+    _write_json(folder / "config.json", config)
+    _copy_companions(model.origin, folder)
 
 
 def _check_expressible(config: ModelConfig, origin: Origin) -> None:

@@ -1,5 +1,9 @@
 """Hugging Face `config.json` and ModelConfig, both ways; look-alikes are recognised and refused."""
 
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from pangu_jax import strict
@@ -12,6 +16,23 @@ SUPPORTED = (
     "pangu_jax reads openPangu-Embedded 1B/7B (PanguEmbedded) and Pangu Pro MoE 72B "
     "(PanguProMoE, MoGE)"
 )
+
+# Where config.json has another name for a field of ModelConfig or MoGEConfig.
+THEIRS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_range": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_bias": "bias",
+    "eos_token_ids": "eos_token_id",
+    "dtype": "torch_dtype",
+    "num_groups": "num_experts_per_tok",
+    "expert_width": "moe_intermediate_size",
+    "shared_width": "shared_expert_intermediate_size",
+}
 
 # Other networks of the family, by the class their config names.
 LOOK_ALIKES = {
@@ -44,15 +65,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ([], None),
     "quantization_config": (None,),
     "attention_sink": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
 }
 
 
 def refuse_look_alike(raw: dict[str, Any]) -> None:
     """Raises ConfigError when the config describes another network of the Pangu family."""
     named = raw.get("architectures") or []
-    named = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfigError(
+            f"architectures must be a list of names, not {strict.describe(named)}; {SUPPORTED}"
+        )
     kind = raw.get("model_type")
-    for clue in [*named, *([kind] if isinstance(kind, str) else [])]:
+    if kind is not None and not isinstance(kind, str):
+        raise ConfigError(f"model_type must be a name, not {strict.describe(kind)}; {SUPPORTED}")
+    for clue in [*named, *([kind] if kind else [])]:
         for prefix, model in LOOK_ALIKES.items():
             if clue.replace("_", "").lower().startswith(prefix.lower()):
                 raise ConfigError(
@@ -80,45 +107,49 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
             raise ConfigError(f"{name} = {strict.describe(raw[name])} is not supported{hint}")
     if raw.get("qkv_bias") is not None and raw["qkv_bias"] != _bias(raw):
         raise ConfigError("qkv_bias differs from bias: separate biases are not supported")
-    table: dict[str, Any] = {
-        name: raw[theirs]
-        for name, theirs in (
-            ("vocab_size", "vocab_size"),
-            ("hidden_size", "hidden_size"),
-            ("num_layers", "num_hidden_layers"),
-            ("num_heads", "num_attention_heads"),
-            ("max_positions", "max_position_embeddings"),
-        )
-        if _present(raw, theirs)
-    }
+    required = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+    table: dict[str, Any] = {name: _required(raw, THEIRS.get(name, name)) for name in required}
     table["num_kv_heads"] = _optional(raw, "num_key_value_heads", table["num_heads"])
     table["head_dim"] = _head_dim(raw, table)
     table["rope_theta"] = _rope_theta(raw)
     table["attention_bias"] = _bias(raw)
     table["dtype"] = _dtype(raw)
-    for name, theirs in (
-        ("tie_embeddings", "tie_word_embeddings"),
-        ("norm_eps", "rms_norm_eps"),
-        ("init_range", "initializer_range"),
-    ):
-        if raw.get(theirs) is not None:
-            table[name] = raw[theirs]
+    for name in ("tie_embeddings", "norm_eps", "init_range"):
+        if raw.get(THEIRS[name]) is not None:
+            table[name] = raw[THEIRS[name]]
     for name in ("bos_token_id", "pad_token_id"):
         table[name] = raw.get(name)
     table["eos_token_ids"] = eos_token_ids(raw)
     if kind == DENSE:
-        _present(raw, "intermediate_size")
-        table["intermediate_size"] = raw["intermediate_size"]
+        table["intermediate_size"] = _required(raw, "intermediate_size")
     else:
         table["moge"] = _moge(raw)
-    return strict.build(ModelConfig, table, "config")
+    with _their_words():
+        return strict.build(ModelConfig, table, "")
+
+
+def with_eos(config: ModelConfig, eos: Any) -> ModelConfig:
+    """The config with other end-of-sequence ids. Raises ConfigError."""
+    with _their_words():
+        ids = strict.coerce(tuple[int, ...], eos, "eos_token_ids")
+        return dataclasses.replace(config, eos_token_ids=ids)
+
+
+@contextlib.contextmanager
+def _their_words() -> Iterator[None]:
+    """Complaints about a ModelConfig in the names config.json uses."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error).replace("moge: ", "")
+        message = re.sub(r"\w+", lambda word: THEIRS.get(word[0], word[0]), message)
+        raise ConfigError(message) from None
 
 
 def _family(raw: dict[str, Any]) -> str:
     """PanguEmbedded or PanguProMoE, from model_type and architectures, which must agree."""
-    classes = raw.get("architectures")
-    kind = raw.get("model_type")
-    if isinstance(classes, list) and classes:
+    classes, kind = raw.get("architectures"), raw.get("model_type")
+    if classes:
         by_class = {name: family for family, name in CLASSES.items()}
         if classes[0] not in by_class:
             raise ConfigError(
@@ -135,10 +166,10 @@ def _family(raw: dict[str, Any]) -> str:
     return kind
 
 
-def _present(raw: dict[str, Any], name: str) -> bool:
+def _required(raw: dict[str, Any], name: str) -> Any:
     if raw.get(name) is None:
         raise ConfigError(f"{name} is missing")
-    return True
+    return raw[name]
 
 
 def _optional(raw: dict[str, Any], name: str, default: Any) -> Any:
@@ -161,19 +192,24 @@ def _head_dim(raw: dict[str, Any], table: dict[str, Any]) -> Any:
 
 def _rope_theta(raw: dict[str, Any]) -> Any:
     """rope_theta, at the top level or in rope_parameters (newer); scaling is refused."""
-    theta = raw.get("rope_theta")
+    given = [raw["rope_theta"]] if raw.get("rope_theta") is not None else []
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name)
         if rope is None:
             continue
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if kind not in (None, "default"):
-            raise ConfigError(f"{name} = {strict.describe(rope)} is not supported")
-        if theta is None and isinstance(rope, dict):
-            theta = rope.get("rope_theta")
-    if theta is None:
+        plain = isinstance(rope, dict) and all(
+            key == "rope_theta" or (key in ("rope_type", "type") and kind in (None, "default"))
+            for key, kind in rope.items()
+        )
+        if not plain:
+            raise ConfigError(f"{name} = {strict.describe(rope)} is not supported: RoPE scaling")
+        if rope.get("rope_theta") is not None:
+            given.append(rope["rope_theta"])
+    if not given:
         raise ConfigError("rope_theta is missing")
-    return theta
+    if any(theta != given[0] for theta in given):
+        raise ConfigError(f"two values of rope_theta disagree: {strict.describe(given)}")
+    return given[0]
 
 
 def _bias(raw: dict[str, Any]) -> Any:
@@ -193,13 +229,8 @@ def _moge(raw: dict[str, Any]) -> dict[str, Any]:
     """One expert per group, so the groups are as many as the experts of a token (the published
     rule).
     """
-    names = {
-        "num_experts": "num_experts",
-        "num_groups": "num_experts_per_tok",
-        "expert_width": "moe_intermediate_size",
-        "shared_width": "shared_expert_intermediate_size",
-    }
-    return {ours: raw[theirs] for ours, theirs in names.items() if _present(raw, theirs)}
+    names = ("num_experts", "num_groups", "expert_width", "shared_width")
+    return {name: _required(raw, THEIRS.get(name, name)) for name in names}
 
 
 def eos_token_ids(raw: dict[str, Any]) -> Any:
@@ -257,7 +288,18 @@ def to_hf(config: ModelConfig, dtype: str, original: dict[str, Any] | None) -> d
     written_there = ("bos_token_id", "pad_token_id", "eos_token_id", "attention_dropout")
     written_there = (*written_there, "use_cache", "output_router_logits", "router_aux_loss_coef")
     kept = {name: raw[name] for name in raw if name not in written_there or name not in original}
-    return {**original, **kept, **({"dtype": dtype} if "dtype" in original else {})}
+    return {**original, **kept, **_other_spellings(config, dtype, original)}
+
+
+def _other_spellings(config: ModelConfig, dtype: str, original: dict[str, Any]) -> dict[str, Any]:
+    """What the original config says under other names, brought up to date."""
+    current = {"dtype": dtype, "head_dim": config.head_dim, "bias": config.attention_bias}
+    current["attention_bias"] = config.attention_bias
+    current = {name: value for name, value in current.items() if name in original}
+    if isinstance(original.get("rope_parameters"), dict):
+        rope = {**original["rope_parameters"], "rope_theta": config.rope_theta}
+        current["rope_parameters"] = rope
+    return current
 
 
 def _eos_as_published(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -19,7 +19,7 @@ class Part:
     index: tuple[int | slice, ...] = ()
 
 
-Leaf = tuple[str, tuple[Part, ...]]
+Leaf = tuple[str, Iterator[Part]]
 
 
 def leaves(config: ModelConfig) -> Iterator[Leaf]:
@@ -29,16 +29,16 @@ def leaves(config: ModelConfig) -> Iterator[Leaf]:
     reading.
     """
     vocab = (config.vocab_size, config.hidden_size)
-    yield "embed", (Part("model.embed_tokens.weight", vocab),)
+    yield "embed", iter([Part("model.embed_tokens.weight", vocab)])
     for i in range(config.num_layers):
         for name, parts in _layer(config, f"model.layers.{i}."):
-            yield f"blocks.{i}.{name}", tuple(parts)
-    yield "norm.weight", (Part("model.norm.weight", (config.hidden_size,)),)
+            yield f"blocks.{i}.{name}", parts
+    yield "norm.weight", iter([Part("model.norm.weight", (config.hidden_size,))])
     if not config.tie_embeddings:
-        yield "head", (Part("lm_head.weight", vocab),)
+        yield "head", iter([Part("lm_head.weight", vocab)])
 
 
-def _layer(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Iterator[Part]]]:
+def _layer(config: ModelConfig, prefix: str) -> Iterator[Leaf]:
     width = (config.hidden_size,)
     yield "attention_norm.weight", iter([Part(f"{prefix}input_layernorm.weight", width)])
     yield from _attention(config, f"{prefix}self_attn.")
@@ -50,7 +50,7 @@ def _layer(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Iterator[Par
         yield from _moge(config, f"{prefix}mlp.")
 
 
-def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Iterator[Part]]]:
+def _attention(config: ModelConfig, prefix: str) -> Iterator[Leaf]:
     D, H, K = config.hidden_size, config.head_dim, config.num_kv_heads
     group = config.num_heads // K  # query heads of a kv head
     fused = (
@@ -73,16 +73,14 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Iterator
         yield "attention.out_bias", iter([Part(f"{prefix}o_proj.bias", (D,))])
 
 
-def _mlp(
-    config: ModelConfig, prefix: str, width: int, ours: str
-) -> Iterator[tuple[str, Iterator[Part]]]:
+def _mlp(config: ModelConfig, prefix: str, width: int, ours: str) -> Iterator[Leaf]:
     D = config.hidden_size
     fused = enumerate(("gate_proj", "up_proj"))
     yield f"{ours}gate_up", (Part(f"{prefix}{n}.weight", (width, D), (i,)) for i, n in fused)
     yield f"{ours}down", iter([Part(f"{prefix}down_proj.weight", (D, width))])
 
 
-def _moge(config: ModelConfig, prefix: str) -> Iterator[tuple[str, Iterator[Part]]]:
+def _moge(config: ModelConfig, prefix: str) -> Iterator[Leaf]:
     assert config.moge is not None
     D, E, F = config.hidden_size, config.moge.num_experts, config.moge.expert_width
     yield "mlp.router", iter([Part(f"{prefix}gate.weight", (E, D))])

@@ -176,7 +176,7 @@ def write(path: Path, specs: Iterable[Spec], tensors: Iterator[np.ndarray]) -> N
     disk.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    specs, at = list(specs), 0
     for spec in specs:
         header[spec.name] = {
             "dtype": NAMES[spec.dtype],

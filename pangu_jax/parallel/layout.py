@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ class Layout:
         """
         return tuple(axis for axis in axes if getattr(self.mesh, axis) > 1)
 
-    def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over the given devices, by default the first ones JAX sees.
 
         Raises ConfigError.
@@ -102,9 +103,9 @@ class Layout:
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def default_devices() -> Sequence[jax.Device]:
+def default_devices() -> Sequence[Any]:
     """The devices a model goes to when none are named: `jax.default_device` is respected."""
-    chosen = jax.config.jax_default_device
+    chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009 (unknown to type checkers)
     if chosen is None:
         return jax.devices()
     return jax.devices(chosen) if isinstance(chosen, str) else [chosen]

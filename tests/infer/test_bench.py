@@ -1,0 +1,69 @@
+"""The bench command: its formulas, and (slow) the 1B shape on this machine."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+import pangu_jax
+from infer import __main__ as door
+from infer import bench
+
+
+@pytest.mark.parametrize("name", ["embedded-1b", "embedded-7b", "pro-moe-72b"])
+def test_prefill_flops_are_about_two_per_active_parameter(name: str) -> None:
+    config = pangu_jax.preset(name)
+    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    layers = config.num_active_parameters - vocabulary
+    got = bench.prefill_flops(config, prompt=1024, batch=3)
+    attention = 2 * 2 * config.num_heads * config.head_dim * config.num_layers * 1024 * 1024 / 2
+    head = 2 * config.vocab_size * config.hidden_size
+    assert got == pytest.approx(3 * (2 * layers * 1024 + attention + head))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "expected"),
+    [
+        ("embedded-1b", 1, 2 * 1_155_912_192 + 100 * 79_872),
+        ("embedded-7b", 1, 2 * (8_030_887_936 - 628_228_096) + 100 * 139_264),
+        ("embedded-7b", 4, 2 * (8_030_887_936 - 628_228_096) + 400 * 139_264),
+        ("pro-moe-72b", 1, 2 * (16_498_139_136 - 785_285_120) + 100 * 196_608),
+        # Every expert is read once the batch picks them all.
+        ("pro-moe-72b", 64, 2 * (71_988_781_056 - 785_285_120) + 6400 * 196_608),
+    ],
+)
+def test_bytes_of_a_step(name: str, batch: int, expected: int) -> None:
+    model = pangu_jax.abstract(pangu_jax.preset(name))
+    assert bench.step_bytes(model, 100, batch) == expected
+
+
+def test_a_small_run_prints_numbers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr(bench, "FLOPS_SIDE", {"cpu": 64})
+    argv = ["bench", "--model", "nano", "--prompt", "8", "--tokens", "4", "--repeats", "1"]
+    assert door.main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {field.name for field in dataclasses.fields(bench.Result)} == result.keys()
+    assert min(v for v in result.values() if isinstance(v, float | int)) >= 0
+    assert "| decode, 1 at a time |" in bench.table(bench.Result(**result))
+
+
+@pytest.mark.parametrize(
+    "argv", [["--prompt", "0"], ["--tokens", "1"], ["--prompt", "1020"]], ids=str
+)
+def test_senseless_runs_are_refused(capsys, argv: list[str]) -> None:
+    assert door.main(["bench", "--model", "nano", *argv]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speed_of_the_1b_shape(dtype: str) -> None:
+    """Far below what docs/benchmarks.md records: this fails on a mistake, not on a busy machine."""
+    model = pangu_jax.init(pangu_jax.preset("embedded-1b"), jax.random.key(0), dtype=dtype)
+    result = bench.measure(model, prompt=512, tokens=17, batch=1, repeats=2)
+    print("\n" + bench.table(result))
+    assert result.prefill_tflops > 0.2 * result.bound_tflops
+    if dtype == "float32":
+        assert result.decode_gb_per_s > 0.25 * result.bound_gb_per_s
