@@ -135,7 +135,7 @@ def prefill_flops(config: ModelConfig, prompt: int, batch: int) -> float:
     return batch * (2.0 * layers * prompt + square + 2.0 * head)
 
 
-def step_bytes(model: Pangu, length: int, batch: int) -> float:
+def step_bytes(model: Pangu, length: int, batch: int) -> int:
     """Bytes one decode step must read: active weights once (an embedding that is no head is only
     looked up; experts as if no two rows shared one, at most all of them), and the KV cache.
     """

@@ -6,8 +6,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# From JAX 0.11 XLA multiplies bf16 on CPU as it is when there are two rows or more; a single row, and
-# any bf16 product before, is done on a float32 copy of the whole weight.
+# From JAX 0.11 XLA on CPU multiplies bf16 as it is when there are two rows or more; a single row,
+# and any bf16 product before, is done on a float32 copy of the whole weight.
 NATIVE_CPU_BF16 = jax.__version_info__ >= (0, 11)
 
 

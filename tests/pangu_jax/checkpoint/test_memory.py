@@ -1,4 +1,4 @@
-"""Loading takes about the memory of what is loaded: measured on a random folder of the 1B's shape."""
+"""Loading takes about the memory of what is loaded: measured on a folder of the 1B's shape."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from pangu_jax.checkpoint import hf_config, names, safetensors
 ROOT = Path(__file__).parent.parent.parent.parent
 LIMIT = 1.3
 
-# In its own process: peak anonymous memory above what the interpreter with JAX takes, per loaded byte.
+# In its own process: peak anonymous memory above that of the interpreter with JAX, per loaded byte.
 MEASURE = """
 import sys, threading, time
 import jax, pangu_jax
