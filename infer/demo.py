@@ -37,9 +37,14 @@ def run(command: Demo) -> int:
             return 1
     say(
         f"\nThe weights are random, so the tokens mean nothing. Try one yourself:\n"
-        f"  {sys.argv[0]} generate --model {Path(command.output) / 'nano'} --prompt-ids 1,2,3"
+        f"  {_program()} generate --model {Path(command.output) / 'nano'} --prompt-ids 1,2,3"
     )
     return 0
+
+
+def _program() -> str:
+    """How this program was started, for a command to copy."""
+    return "python -m infer" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
 
 
 def _one_model(name: str, folder: Path) -> bool:
