@@ -15,7 +15,7 @@ from infer.generation import Completion
 from infer.sampling import Sampling
 from pangu_jax import strict
 from pangu_jax.checkpoint import hf
-from pangu_jax.errors import CheckpointError, ConfigError
+from pangu_jax.errors import CheckpointError, ConfigError, InputError
 
 
 def run(command: Generate) -> int:
@@ -58,18 +58,18 @@ def as_json(completion: Completion) -> dict[str, Any]:
 def settings(command: Generate, defaults: dict[str, Any]) -> Sampling:
     """The command's Sampling; fields that are not given come from generation_config.json."""
     kinds = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float}
-    chosen: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        if defaults.get(name) is not None:
-            try:
-                chosen[name] = strict.coerce(kind, defaults[name], name)
-            except ConfigError as error:
-                file = Path(command.model) / "generation_config.json"
-                raise CheckpointError(f"{file}: {error}") from None
-    if not defaults.get("do_sample", False):
-        chosen["temperature"] = 0.0
-    else:
-        chosen.setdefault("temperature", 1.0)
+    try:
+        known = {name: kind for name, kind in kinds.items() if defaults.get(name) is not None}
+        chosen: dict[str, Any] = {
+            name: strict.coerce(kind, defaults[name], name) for name, kind in known.items()
+        }
+        if strict.coerce(bool, defaults.get("do_sample") or False, "do_sample"):
+            chosen.setdefault("temperature", 1.0)
+        else:
+            chosen["temperature"] = 0.0
+        Sampling(**chosen)
+    except (ConfigError, InputError) as error:
+        raise CheckpointError(f"{Path(command.model) / hf.GENERATION}: {error}") from None
     given = {field.name for field in dataclasses.fields(Sampling)}
     for name in given:
         if (value := getattr(command, name)) is not None:

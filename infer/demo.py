@@ -16,11 +16,11 @@ from infer import check, generation
 from infer.commands import Demo
 from infer.progress import say
 from infer.sampling import Sampling
-from pangu_jax.checkpoint.folder import INDEX, SINGLE
 from pangu_jax.errors import InputError
 
 MODELS = {"nano": "dense, as openPangu-Embedded", "nano-moge": "MoGE, as Pangu Pro MoE"}
 PROMPT, BATCH, NEW = 64, 8, 128
+MARK = "demo.txt"
 
 T = TypeVar("T")
 
@@ -52,14 +52,18 @@ def _one_model(name: str, folder: Path) -> bool:
     config = dataclasses.replace(pangu_jax.preset(name), init_range=0.1)
     model = pangu_jax.init(config, jax.random.key(0))
     _timed("wrote", lambda: pangu_jax.save_hf(model, folder), f"{folder}")
+    (folder / MARK).write_text(
+        "Random weights written by pangu-infer demo, which may replace them.\n"
+    )
     findings = _timed("checked", lambda: list(check.inspect(folder)), "the folder")
     for finding in findings:
         say(f"    {'ok  ' if finding.ok else 'FAIL'}  {finding.what:<13} {finding.detail}")
     loaded = _timed(
         "loaded", lambda: pangu_jax.load(folder), f"{config.num_parameters:,} parameters"
     )
-    equal = jax.tree.map(lambda a, b: bool((a == b).all()), model, loaded)
-    say(f"  the weights came back bit-equal: {all(jax.tree.leaves(equal))}")
+    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(loaded), strict=True)
+    equal = all(bool((a == b).all()) for a, b in pairs)
+    say(f"  the weights came back bit-equal: {equal}")
 
     rng = np.random.default_rng(0)
     prompts = rng.integers(2, config.vocab_size, (BATCH, PROMPT)).tolist()
@@ -76,7 +80,7 @@ def _one_model(name: str, folder: Path) -> bool:
             f" in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s"
         )
     say(f"    first: {completions[0].token_ids[:12]} ...")
-    return all(finding.ok for finding in findings) and all(jax.tree.leaves(equal))
+    return equal and all(finding.ok for finding in findings)
 
 
 def _timed(verb: str, action: Callable[[], T], what: str, show: bool = True) -> T:
@@ -88,12 +92,9 @@ def _timed(verb: str, action: Callable[[], T], what: str, show: bool = True) -> 
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Clears the way, but only of files that an earlier demo can have written."""
-    if not folder.exists():
+    """Clears the way, but only of a folder that an earlier demo marked as its own."""
+    if not folder.exists() and not folder.is_symlink():
         return
-    strangers = {file.name for file in folder.iterdir()} - {SINGLE, INDEX, "config.json"}
-    if strangers:
-        raise InputError(
-            f"{folder} holds {sorted(strangers)[0]}, which no demo wrote; choose another --output"
-        )
+    if folder.is_symlink() or not (folder / MARK).is_file():
+        raise InputError(f"{folder} was not written by a demo; choose another --output")
     shutil.rmtree(folder)

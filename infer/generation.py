@@ -30,8 +30,8 @@ from pangu_jax.pytree import pytree
 # Decode steps of one dispatch (own choice): few host round trips, and Ctrl-C still answers.
 CHUNK = 32
 
-# The cache grows ahead by at most this many slots: every size compiles once, and unused slots are
-# still read.
+# A cache that must grow gets room for this many tokens more, rounded up to a power of two: every
+# size compiles once, and unused slots are still read.
 AHEAD = 512
 
 SMALLEST_PROMPT = 16
@@ -116,7 +116,12 @@ def generate(
 
 def check_prompt(config: ModelConfig, prompt: Any) -> np.ndarray:
     """The prompt as int32. Raises InputError."""
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # ragged
+        raise InputError("a prompt must be a list of token ids") from None
+    if ids.dtype == object and all(isinstance(token, int) for token in ids.reshape(-1)):
+        raise InputError(f"a token id is outside the vocabulary of {config.vocab_size}")
     if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         what = "is empty" if ids.size == 0 else "must be a list of token ids"
         raise InputError(f"a prompt {what}")
@@ -175,7 +180,7 @@ def _request(
 
 
 def _make_room(state: State, alive: np.ndarray) -> State:
-    """Slots for the next chunk at least; a cache that must grow gets up to AHEAD more."""
+    """Slots for the next chunk at least; a cache that must grow also gets room AHEAD."""
     length, left = np.asarray(state.cache.length)[alive], np.asarray(state.left)[alive]
     if (length + np.minimum(left, CHUNK)).max() <= state.cache.capacity:
         return state

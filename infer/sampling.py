@@ -2,14 +2,19 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from pangu_jax.errors import InputError
 from pangu_jax.pytree import pytree
+
+# Below this a float32 cumulative sum cannot tell it from nothing.
+SMALLEST_TOP_P = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +42,31 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            _check_integer(name, getattr(self, name), optional=name == "seed")
+        try:
+            stops = tuple(self.stop_token_ids)
+        except TypeError:
+            raise InputError("stop_token_ids must be a list of token ids") from None
+        for stop in stops:
+            _check_integer("stop_token_ids", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(int(stop) for stop in stops))
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not (0 <= self.temperature < math.inf):
             raise InputError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_k < -1:
             raise InputError(f"top_k must be positive, or 0 or -1 for off, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        if not SMALLEST_TOP_P <= self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+
+def _check_integer(name: str, value: Any, optional: bool = False) -> None:
+    """Integers must fit the device's 32 bits."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or abs(value) >= 2**31:
+        raise InputError(f"{name} must be an integer below 2**31, not {value!r}")
 
 
 @pytree

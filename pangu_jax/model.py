@@ -21,14 +21,15 @@ GPU, where scanning copies every layer's weights). "stacked": runs of equal laye
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -36,7 +37,8 @@ from pangu_jax import cache as caches
 from pangu_jax import rope
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
-from pangu_jax.config import ModelConfig
+from pangu_jax.config import DType, ModelConfig
+from pangu_jax.errors import ConfigError
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
@@ -167,8 +169,7 @@ def tapped_forward(
     layers.
     """
     with exact_if_float32(model):
-        with jax.named_scope("embed"):
-            x = jnp.take(model.embed[...], tokens, axis=0, mode="clip")
+        x = embed(model, tokens)
         config = model.config
         angles = rope.table(meta.positions, config.rope_theta, config.head_dim, model.dtype)
         run_layers = _scan_run if model.form == "stacked" else _single_layer
@@ -210,6 +211,12 @@ def _scan_run(layer: Callable, blocks: Block, x: Array, pair: Any, tap: Tap) -> 
     return x, pair, taps
 
 
+def embed(model: Pangu, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
+    """The first state of the residual stream; an id outside the vocabulary (padding) is clipped."""
+    with jax.named_scope("embed"):
+        return jnp.take(model.embed[...], tokens, axis=0, mode="clip")
+
+
 def logits(model: Pangu, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
     """Float32 logits of final hidden states; a tied head is the embedding itself."""
     head = model.embed if model.head is None else model.head
@@ -231,6 +238,11 @@ def on_mesh(model: Pangu, local: Callable) -> Callable:
     mesh.
     """
     ambient = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in ambient.axis_types:
+        raise ValueError(
+            "this call is inside a shard_map; a model opens its own: call pangu_jax.model.forward "
+            "there, or the model outside"
+        )
     if not ambient.empty:
         raise ValueError(
             f"a mesh {dict(ambient.shape)} is set around this call; pangu_jax passes its own: "
@@ -265,13 +277,22 @@ def check_tokens(config: ModelConfig, tokens: Any, mask: Any) -> tuple[Any, Any]
         mask = np.ones(tokens.shape, bool)
     if getattr(mask, "shape", None) != tokens.shape:
         raise ValueError(f"attention_mask must have the tokens' shape {list(tokens.shape)}")
-    if isinstance(tokens, np.ndarray) and isinstance(mask, np.ndarray):
-        shown = np.where(mask, tokens, 0)
-        low, high = int(shown.min()), int(shown.max())
-        if low < 0 or high >= config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
+        raise ValueError(f"attention_mask must be bool, or 0 and 1 as integers, not {mask.dtype}")
+    if not isinstance(mask, Tracer):
+        mask = np.asarray(mask)
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask must hold 0 and 1 only")
+        if not isinstance(tokens, Tracer):
+            _check_ids(config, np.where(mask, np.asarray(tokens), 0))
     return tokens.astype(np.int32), mask.astype(bool)
+
+
+def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
 
 
 def _abstract_param(dtype: DTypeLike, *lead: int) -> Callable[..., nnx.Param]:
@@ -279,9 +300,9 @@ def _abstract_param(dtype: DTypeLike, *lead: int) -> Callable[..., nnx.Param]:
     return lambda *shape: nnx.Param(jax.ShapeDtypeStruct((*lead, *shape), dtype))
 
 
-def default_form() -> Form:
+def default_form(mesh: Mesh) -> Form:
     """Separate layers on CPU and GPU, stacked ones on TPU (measured; see docs/architecture.md)."""
-    return "stacked" if jax.default_backend() == "tpu" else "separate"
+    return "stacked" if mesh.devices.flat[0].platform == "tpu" else "separate"
 
 
 def abstract(
@@ -295,9 +316,24 @@ def abstract(
     """The model as shapes and dtypes, no data: what loading, initialising and planning fill or
     read.
     """
+    check_choices(form, dtype)
     placed = layout.load(where)
     kind = jnp.dtype(config.dtype if dtype is None else dtype)
-    return Pangu(config, form or default_form(), kind, placed, placed.make_mesh(), origin)
+    mesh = placed.make_mesh()
+    return Pangu(config, form or default_form(mesh), kind, placed, mesh, origin)
+
+
+def check_choices(form: Any, dtype: Any) -> None:
+    """Raises ConfigError for a form or dtype that no model has; None is a default."""
+    if form not in (None, *get_args(Form)):
+        raise ConfigError(f"form must be {' or '.join(get_args(Form))}, not {form}")
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+        native = dtype is None or jnp.dtype(dtype).isnative
+    except TypeError:
+        name, native = str(dtype), False
+    if name is not None and (name not in get_args(DType) or not native):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}, not {name}")
 
 
 def named_leaves(model: Pangu) -> Iterator[tuple[str, Any]]:
@@ -328,6 +364,7 @@ def convert(model: Pangu, form: Form) -> Pangu:
     """The same model with its layers in the other form; pure, and usable under `jax.jit` and
     `jax.grad`.
     """
+    check_choices(form, None)
     if form == model.form:
         return model
     slices: dict[str, Callable[[], Array]] = {}

@@ -113,7 +113,7 @@ def mix_experts(
 
 
 def _block_size(pairs: int, experts: int) -> int:
-    """About the mean number of tokens per expert, a power of two: at most twice as many blocks as
-    experts.
+    """About the mean number of tokens per expert, a power of two up to 256: until then there are at
+    most twice as many blocks as experts.
     """
     return min(256, 1 << max(0, (pairs // experts) - 1).bit_length())

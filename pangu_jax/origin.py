@@ -2,24 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Origin:
-    """The folder a model was loaded from, its config.json, and the companion files there.
+    """What a loaded model remembers of its folder, so that `save_hf` can write it again.
 
-    It travels with the model but is no part of its type: all origins are equal, so that models from
-    different folders share compiled functions and can be mapped together. A model that comes out of
-    a jitted function carries the origin of the model the function was first traced with.
+    It is static, part of the model's type, and two origins are equal when they would write the same
+    files, wherever those lie: so a compiled function that was traced with one model can never hand
+    its tokenizer to another, and models saved and loaded again still share compiled functions.
+
+    config: JSON of what config.json said beyond the ModelConfig
+    companions: name and SHA-256 of each tokenizer and generation file
     """
 
-    folder: Path | None = None
-    config: dict[str, Any] | None = None
-    companions: tuple[str, ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Origin)
-
-    def __hash__(self) -> int:
-        return hash(Origin)
+    config: str = "{}"
+    companions: tuple[tuple[str, str], ...] = ()
+    folder: Path | None = dataclasses.field(default=None, compare=False)

@@ -57,14 +57,12 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         for name, value in pairs:
             if name in found:
                 raise ConfigError(f"{where}: the key {shorten(name)} appears twice")
+            _check_finite(value, f"{where}: {shorten(name)}")
             found[name] = value
         return found
 
-    def refuse(constant: str) -> None:
-        raise ConfigError(f"{where}: {constant} is not a number")
-
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=float)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not valid JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
@@ -73,27 +71,36 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         raise
     except ValueError:  # an integer literal of thousands of digits
         raise ConfigError(f"{where}: holds a number too long to read") from None
-    if _depth(value) > MAX_DEPTH:
-        raise ConfigError(f"{where}: nested too deeply")
+    _check_nesting(value, where)
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: must be a JSON object, not {type(value).__name__}")
     return value
 
 
-def _depth(value: Any) -> int:
-    """How deep lists and objects nest, counted without recursion, up to just past MAX_DEPTH."""
-    level, depth = [value], 0
-    while depth <= MAX_DEPTH:
+def _check_finite(value: Any, where: str) -> None:
+    """Refuses NaN and infinities, also in lists; without recursion."""
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, list):
+            rest += item
+        elif isinstance(item, float) and not math.isfinite(item):
+            name = "NaN" if math.isnan(item) else "Infinity"
+            raise ConfigError(f"{where} holds {name}, which is not a number")
+
+
+def _check_nesting(value: Any, where: str) -> None:
+    """Refuses lists and objects that nest deeper than MAX_DEPTH; without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
         level = [
             child
             for item in level
             if isinstance(item, dict | list)
             for child in (item.values() if isinstance(item, dict) else item)
         ]
-        if not level:
-            return depth
-        depth += 1
-    return depth
+    if level:
+        raise ConfigError(f"{where}: nested too deeply")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def _trace(model: Pangu, tokens: Array, mask: Array) -> Trace:
             lambda *leaves: grid(jnp.concatenate(leaves)), *runs
         )
         streams, routing = layers
-        embedded = grid(model.embed[...][tokens.reshape(-1)].astype(jnp.float32)[None])
+        embedded = grid(models.embed(model, tokens.reshape(-1)).astype(jnp.float32)[None])
         none: dict[str, Any] = dict(router_logits=None, experts=None, weights=None)
         routed = (
             none

@@ -2,12 +2,12 @@
 implementation loads.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -48,6 +49,9 @@ COMPANIONS = (
     "chat_template.json",
 )
 
+# A tokenizer has 2 to 20 MB.
+MAX_COMPANION_BYTES = 128 * 2**20
+
 # Tensors only R-72B-2512 (PanguProMoE V2) has.
 V2_TENSORS = ("qkv_proj", "k_layernorm", "param_sink_key", "e_score_correction_bias")
 
@@ -75,13 +79,12 @@ def load(
     """
     folder = Path(path)
     config, raw = read_config(folder)
-    if dtype is not None and _dtype_name(dtype) not in FLOATS:
-        raise ConfigError(f"dtype must be one of {', '.join(FLOATS)}, not {_dtype_name(dtype)}")
-    if form not in (None, "separate", "stacked"):
-        raise ConfigError(f"form must be separate or stacked, not {form}")
+    models.check_choices(form, dtype)  # before the folder's files are opened
     tensors = Folder(folder)
     parts = check_tensors(config, tensors)
-    origin = Origin(folder.absolute(), raw, _companions(folder))
+    companions = _companions(folder)
+    remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
+    origin = Origin(remembered, companions, folder.absolute())
     model = models.abstract(config, dtype=dtype, where=layout, form=form, origin=origin)
     return _fill(model, tensors, parts, progress)
 
@@ -124,15 +127,24 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
 
 
-def _dtype_name(dtype: DTypeLike) -> str:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return str(dtype)
+def _companions(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Name and digest of the folder's companion files.
 
-
-def _companions(folder: Path) -> tuple[str, ...]:
-    return tuple(name for name in COMPANIONS if (folder / name).is_file())
+    A link that leads out of the folder and of the Hugging Face cache it lies in is not followed: a
+    cloned folder must not make `save_hf` copy a private file into one that is meant to be shared.
+    """
+    home = folder.resolve()
+    found = []
+    for name in COMPANIONS:
+        file = (folder / name).resolve()
+        if not file.is_file():
+            continue
+        here = file.parent == home or file.parent.name == "blobs"
+        if not here or file.stat().st_size > MAX_COMPANION_BYTES:
+            log.warning("%s: too large, or a link out of the folder; ignored", folder / name)
+            continue
+        found.append((name, hashlib.sha256(file.read_bytes()).hexdigest()))
+    return tuple(found)
 
 
 def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names.Part, ...]]:
@@ -272,18 +284,20 @@ def save_hf(
     code. Raises CheckpointError, also for what the published format cannot express.
     """
     target = Path(os.path.realpath(path))  # a link to an empty folder stays a link
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: already exists; save to a new or empty folder")
-    _check_expressible(model.config, model.origin)
+    _check_expressible(model.config, json.loads(model.origin.config))
+    _check_leaves(model)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise CheckpointError(f"{target}: already exists; save to a new or empty folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         _write_folder(model, partial, shard_bytes)
         os.replace(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
+        name = strict.shorten(str(target), quote=False, limit=300)
+        raise CheckpointError(f"{name}: cannot be written ({error.strerror})") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -292,16 +306,28 @@ def save_hf(
 def _write_folder(model: Pangu, folder: Path, shard_bytes: int) -> None:
     dtype = np.dtype(model.dtype)
     _write_weights(model, folder, dtype, shard_bytes)
-    config = hf_config.to_hf(model.config, dtype.name, model.origin.config)
+    original = json.loads(model.origin.config)
+    config = hf_config.to_hf(model.config, dtype.name, original)
     _write_json(folder / "config.json", config)
     _copy_companions(model.origin, folder)
 
 
-def _check_expressible(config: ModelConfig, origin: Origin) -> None:
+def _check_leaves(model: Pangu) -> None:
+    """Every leaf must be data, and of one float dtype: the config has a single torch_dtype."""
+    for name, leaf in models.named_leaves(model):
+        if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
+            raise CheckpointError(f"{name} holds no data: only a model with weights can be saved")
+        if leaf.dtype.name not in FLOATS or leaf.dtype != model.dtype:
+            raise CheckpointError(
+                f"{name} is {leaf.dtype.name}; to be saved a model must be {', '.join(FLOATS)} "
+                "throughout"
+            )
+
+
+def _check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
     """Pro MoE's published class has biases and head_dim = hidden / heads, with no config field to
     say otherwise.
     """
-    said = origin.config or {}
     if config.moge is None:
         return
     if not config.attention_bias and not {"bias", "attention_bias"} & said.keys():
@@ -368,16 +394,20 @@ def _slices(
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with open(path, "x", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)  # ASCII: any string round-trips
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def _copy_companions(origin: Origin, folder: Path) -> None:
-    for name in origin.companions:
+    """The companions as they were when the model was loaded. Raises CheckpointError."""
+    for name, digest in origin.companions:
         assert origin.folder is not None
         source = origin.folder / name
-        if not source.exists() or not stat.S_ISREG(os.stat(source).st_mode):
+        if not source.is_file():
             raise CheckpointError(f"{source}: was there when the model was loaded and is gone")
-        shutil.copyfile(source, folder / name)
+        content = source.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise CheckpointError(f"{source}: has changed since the model was loaded")
+        (folder / name).write_bytes(content)

@@ -17,6 +17,11 @@ SUPPORTED = (
     "(PanguProMoE, MoGE)"
 )
 
+MOE_FIELDS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "shared_expert_intermediate_size",
+)
+
 # Where config.json has another name for a field of ModelConfig or MoGEConfig.
 THEIRS = {
     "num_layers": "num_hidden_layers",
@@ -66,6 +71,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "attention_sink": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
+    "logit_scale": (None, 1, 1.0),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
 }
 
 
@@ -105,6 +113,12 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
         if name in raw and raw[name] not in neutral:
             hint = ": quantised weights are not read yet" if name == "quantization_config" else ""
             raise ConfigError(f"{name} = {strict.describe(raw[name])} is not supported{hint}")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
+        raise ConfigError(f"layer_types = {strict.describe(kinds)} is not supported")
+    experts = [name for name in MOE_FIELDS if kind == DENSE and raw.get(name) is not None]
+    if experts:
+        raise ConfigError(f"{experts[0]} is given, but {DENSE} is a dense model")
     if raw.get("qkv_bias") is not None and raw["qkv_bias"] != _bias(raw):
         raise ConfigError("qkv_bias differs from bias: separate biases are not supported")
     required = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
@@ -241,11 +255,32 @@ def eos_token_ids(raw: dict[str, Any]) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+# Keys of config.json that a ModelConfig says, and other spellings of some of them.
+SAID = (
+    *("architectures", "model_type", "vocab_size", "hidden_size", "hidden_act", "rope_theta"),
+    *("intermediate_size", "num_experts", *THEIRS.values()),
+)
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
+SPELLINGS = ("dtype", "head_dim", "bias", "attention_bias")
+
+
+def remembered(raw: dict[str, Any]) -> dict[str, Any]:
+    """What `to_hf` needs of a parsed config.json: all that a ModelConfig does not say.
+
+    Token ids are kept as written; of another spelling of what it does say, only that it was there.
+    """
+    said = set(SAID) - {*TOKEN_IDS, *SPELLINGS}
+    kept = {name: value for name, value in raw.items() if name not in said}
+    kept.update(dict.fromkeys(name for name in SPELLINGS if name in raw))
+    if isinstance(raw.get("rope_parameters"), dict):
+        kept["rope_parameters"] = {**raw["rope_parameters"], "rope_theta": None}
+    return kept
+
+
 def to_hf(config: ModelConfig, dtype: str, original: dict[str, Any] | None) -> dict[str, Any]:
     """The `config.json` of a model stored in `dtype`.
 
-    original: the config.json it was loaded from: its unknown keys, and the token ids as it wrote
-        them, are kept.
+    original: what was `remembered` of the config.json it was loaded from
     """
     kind = DENSE if config.moge is None else MOE
     raw: dict[str, Any] = {
@@ -283,19 +318,19 @@ def to_hf(config: ModelConfig, dtype: str, original: dict[str, Any] | None) -> d
         raw["shared_expert_intermediate_size"] = config.moge.shared_width
         raw["output_router_logits"] = False
         raw["router_aux_loss_coef"] = 0.001
-    if original is None:
+    if not original:
         return raw
-    written_there = ("bos_token_id", "pad_token_id", "eos_token_id", "attention_dropout")
-    written_there = (*written_there, "use_cache", "output_router_logits", "router_aux_loss_coef")
-    kept = {name: raw[name] for name in raw if name not in written_there or name not in original}
-    return {**original, **kept, **_other_spellings(config, dtype, original)}
+    ours = {name: value for name, value in raw.items() if name in SAID and name not in TOKEN_IDS}
+    return {**original, **ours, **_other_spellings(config, dtype, original)}
 
 
 def _other_spellings(config: ModelConfig, dtype: str, original: dict[str, Any]) -> dict[str, Any]:
     """What the original config says under other names, brought up to date."""
-    current = {"dtype": dtype, "head_dim": config.head_dim, "bias": config.attention_bias}
-    current["attention_bias"] = config.attention_bias
-    current = {name: value for name, value in current.items() if name in original}
+    biases = config.attention_bias
+    values = (dtype, config.head_dim, biases, biases)
+    current: dict[str, Any] = {
+        name: value for name, value in zip(SPELLINGS, values, strict=True) if name in original
+    }
     if isinstance(original.get("rope_parameters"), dict):
         rope = {**original["rope_parameters"], "rope_theta": config.rope_theta}
         current["rope_parameters"] = rope

@@ -14,7 +14,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -63,11 +63,21 @@ class File:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries, self._data_start, size = _read_header(path)
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._map) != size:
-            raise CheckpointError(f"{path}: changed while it was being read")
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: a pipe would block
+                raise CheckpointError(f"{path}: not a regular file")
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.entries, self._data_start = _read_header(path, file, size)
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: changed while it was being read") from None
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of one tensor in the map; its pages are read when touched."""
@@ -78,29 +88,20 @@ class File:
         return flat.reshape(entry.shape)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
-    """The entries, where the data section begins, and the file's size."""
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
+    """The entries, and where the data section begins."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: truncated, {size} bytes hold no header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path}: truncated or not safetensors, its header claims {length} bytes of {size}"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: a header of {length} bytes is too large")
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: truncated, {info.st_size} bytes hold no header")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > info.st_size - 8:
-                raise CheckpointError(
-                    f"{path}: truncated or not safetensors, its header claims {length} bytes of "
-                    f"{info.st_size}"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: a header of {length} bytes is too large")
-            text = file.read(length).decode("utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        text = file.read(length).decode("utf-8")
     except UnicodeDecodeError:
         raise CheckpointError(f"{path}: the header is not UTF-8, so not safetensors") from None
     try:
@@ -111,8 +112,8 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: header: __metadata__ must be an object")
     entries = {name: _entry(path, name, fields) for name, fields in header.items()}
-    _check_ranges(path, entries, info.st_size - 8 - length)
-    return entries, 8 + length, info.st_size
+    _check_ranges(path, entries, size - 8 - length)
+    return entries, 8 + length
 
 
 def _entry(path: Path, name: str, fields: Any) -> Entry:

@@ -106,9 +106,16 @@ class Layout:
 def default_devices() -> Sequence[Any]:
     """The devices a model goes to when none are named: `jax.default_device` is respected."""
     chosen: Any = getattr(jax.config, "jax_default_device")  # noqa: B009 (unknown to type checkers)
-    if chosen is None:
-        return jax.devices()
-    return jax.devices(chosen) if isinstance(chosen, str) else [chosen]
+    if chosen is not None and not isinstance(chosen, str):
+        return [chosen]
+    try:
+        return jax.devices(chosen)
+    except (RuntimeError, AssertionError) as error:  # JAX asserts when a platform has no plugin
+        wanted = chosen or getattr(jax.config, "jax_platforms")  # noqa: B009
+        raise ConfigError(
+            f"JAX has no usable {wanted or 'default'} device here; is the extra for it installed "
+            "(pangu-jax[gpu], pangu-jax[tpu]), and JAX_PLATFORMS right?"
+        ) from error
 
 
 def load(name: "str | Path | Layout | None") -> Layout:

@@ -159,8 +159,10 @@ def test_without_do_sample_it_is_greedy_unless_asked(tmp_path: Path) -> None:
 def test_hostile_defaults_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p must be a number"):
         settings(tmp_path, {"top_p": "high"})
-    with pytest.raises(InputError, match="top_p must be above 0"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p must be above 0"):
         settings(tmp_path, {"top_p": -3.0})
+    with pytest.raises(CheckpointError, match="do_sample must be true or false"):
+        settings(tmp_path, {"do_sample": "false"})
 
 
 def test_eos_ids_come_from_generation_config_first(tmp_path: Path) -> None:

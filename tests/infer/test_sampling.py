@@ -1,5 +1,7 @@
 """Choosing tokens, against exact enumeration on small vocabularies."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,9 +99,19 @@ def test_greedy_rows_are_exact_in_a_mixed_batch() -> None:
         {"top_k": -2},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"top_p": 1e-50},
+        {"top_k": 2**32 + 1},
+        {"max_new_tokens": 2.5},
+        {"seed": 1.5},
+        {"stop_token_ids": 3},
+        {"stop_token_ids": (2**40,)},
     ],
     ids=str,
 )
 def test_senseless_settings_are_refused(bad: dict) -> None:
+    """Called past the run-time type checks, as a user without them would."""
+    settings = object.__new__(Sampling)
+    for field in dataclasses.fields(Sampling):
+        object.__setattr__(settings, field.name, bad.get(field.name, field.default))
     with pytest.raises(InputError, match=next(iter(bad))):
-        Sampling(**bad)
+        settings.__post_init__()

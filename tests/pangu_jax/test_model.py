@@ -149,7 +149,11 @@ def test_calls_of_one_shape_trace_once(folder: Path) -> None:
         (np.zeros((1, 0), int), None, "hold no token"),
         (np.full((1, 3), 96), None, "token id 96 is outside the vocabulary of 96"),
         (np.full((1, 3), -1), None, "token id -1 is outside"),
+        (jnp.full((1, 3), 96), None, "token id 96 is outside the vocabulary of 96"),
+        (np.full((1, 3), 96), jnp.ones((1, 3), bool), "token id 96 is outside"),
         (np.zeros((1, 3), int), np.ones((1, 4), bool), "must have the tokens' shape"),
+        (np.zeros((1, 3), int), np.zeros((1, 3)), "must be bool, or 0 and 1 as integers"),
+        (np.zeros((1, 3), int), np.full((1, 3), 7), "must hold 0 and 1 only"),
     ],
 )
 def test_bad_tokens_get_one_line(model: Pangu, tokens, mask, complaint: str) -> None:
@@ -172,6 +176,21 @@ def test_a_mesh_set_by_the_caller_is_one_clear_error(model: Pangu) -> None:
     with jax.set_mesh(mesh):  # noqa: TID251
         with pytest.raises(ValueError, match=r"leave jax\.set_mesh before"):
             model(some_tokens())
+
+
+def test_inside_a_shard_map_it_says_what_to_call(model: Pangu) -> None:
+    mesh = jax.make_mesh((1,), ("other",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(lambda m, t: m(t), mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+    with pytest.raises(ValueError, match=r"call pangu_jax\.model\.forward"):
+        run(model, jnp.asarray(some_tokens()))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "bf16", ">f4"])
+def test_dtypes_and_forms_no_model_has(model: Pangu, dtype: str) -> None:
+    with pytest.raises(pangu_jax.ConfigError, match="dtype must be one of float32, bfloat16"):
+        models.check_choices(None, dtype)
+    with pytest.raises(pangu_jax.ConfigError, match="form must be separate or stacked"):
+        models.check_choices("scanned", None)
 
 
 def test_init_is_the_same_in_both_forms() -> None:

@@ -442,7 +442,7 @@ def test_a_bad_header_is_refused(tmp_path: Path, what: str) -> None:
         ('{"w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', ["NaN"]),
         ('{"w":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}', ["Infinity"]),
         ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,-Infinity]}}', ["Infinity"]),
-        ('{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}', ["'w'", "shape"]),
+        ('{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}', ["shape", "Infinity"]),
         ('{"w":{"dtype":"F32","shape":[1e0],"data_offsets":[0,4]}}', ["'w'", "shape"]),
         ('{"w":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % ("9" * 5000), ["number"]),
         ('{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,%s]}}' % ("9" * 4000), ["'w'"]),
@@ -647,11 +647,10 @@ def test_a_file_that_changes_while_it_is_opened_is_refused(
     write(path, some_tensors())
     read_header = safetensors._read_header
 
-    def and_grow(path: Path) -> Any:
-        found = read_header(path)
-        with open(path, "ab") as file:
-            file.write(b"more")
+    def and_shrink(path: Path, *args: Any) -> Any:
+        found = read_header(path, *args)
+        os.truncate(path, 100)
         return found
 
-    monkeypatch.setattr(safetensors, "_read_header", and_grow)
+    monkeypatch.setattr(safetensors, "_read_header", and_shrink)
     refuse(path, "changed")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy as library_numpy
 
 import pangu_jax
-from pangu_jax.checkpoint import hf_config
+from pangu_jax.checkpoint import hf, hf_config
 from pangu_jax.model import named_leaves
 from tests import folders, reference
 
@@ -312,12 +313,59 @@ def test_companions_are_copied_and_code_never(tmp_path: Path) -> None:
 
 def test_linked_companions_become_files(tmp_path: Path) -> None:
     """As in the Hugging Face cache: the copy must not hang on it."""
-    (tmp_path / "blob").write_bytes(b"tokens")
-    folders.write(tmp_path / "a", folders.DENSE)
-    (tmp_path / "a" / "tokenizer.model").symlink_to(tmp_path / "blob")
-    pangu_jax.save_hf(pangu_jax.load(tmp_path / "a"), tmp_path / "b")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "6b16f155").write_bytes(b"tokens")
+    folder = tmp_path / "snapshots" / "main"
+    folders.write(folder, folders.DENSE)
+    (folder / "tokenizer.model").symlink_to("../../blobs/6b16f155")
+    pangu_jax.save_hf(pangu_jax.load(folder), tmp_path / "b")
     assert not (tmp_path / "b" / "tokenizer.model").is_symlink()
     assert (tmp_path / "b" / "tokenizer.model").read_bytes() == b"tokens"
+
+
+def test_a_link_to_a_private_file_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_bytes(b"secret")
+    folders.write(tmp_path / "a", folders.DENSE)
+    (tmp_path / "a" / "tokenizer.json").symlink_to("../id_rsa")
+    pangu_jax.save_hf(pangu_jax.load(tmp_path / "a"), tmp_path / "b")
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+
+
+def test_a_companion_that_changed_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
+    model = a_model_with_companions(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(pangu_jax.CheckpointError, match="has changed since"):
+        pangu_jax.save_hf(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_traced_function_never_mixes_up_companions(tmp_path: Path) -> None:
+    """Two folders of one shape but with other tokenizers, through one compiled function."""
+    for name in ("a", "b"):
+        folders.write(tmp_path / name, {**folders.DENSE, "note": name})
+        (tmp_path / name / "tokenizer.model").write_bytes(name.encode())
+    double = jax.jit(lambda model: jax.tree.map(lambda leaf: leaf * 2, model))
+    for name in ("a", "b"):
+        pangu_jax.save_hf(double(pangu_jax.load(tmp_path / name)), tmp_path / f"{name}2")
+        assert (tmp_path / f"{name}2" / "tokenizer.model").read_bytes() == name.encode()
+        assert json.loads((tmp_path / f"{name}2" / "config.json").read_text())["note"] == name
+
+
+def test_models_saved_and_loaded_again_are_of_one_type(tmp_path: Path) -> None:
+    model = a_model_with_companions(tmp_path / "a")
+    pangu_jax.save_hf(model, tmp_path / "b")
+    again = pangu_jax.load(tmp_path / "b")
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+
+
+def test_a_model_of_mixed_or_integer_dtypes_is_refused(tmp_path: Path) -> None:
+    folders.write(tmp_path / "a", folders.DENSE)
+    model = pangu_jax.load(tmp_path / "a")
+    eight = jax.tree.map(lambda leaf: leaf.astype(jnp.int8), model)
+    mixed = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.ndim > 1 else leaf, model)
+    for wrong in (eight, mixed):
+        with pytest.raises(pangu_jax.CheckpointError, match="to be saved a model must be"):
+            pangu_jax.save_hf(wrong, tmp_path / "b")
 
 
 def test_companions_travel_on(tmp_path: Path) -> None:
@@ -483,7 +531,7 @@ def test_an_interruption_leaves_nothing(
             count = {"first": 0, "third": 2, "fifth": 4}[where.split()[0]]
             patch.setattr(os, "fsync", after(count, os.fsync))
         elif where == "companions":
-            patch.setattr(shutil, "copyfile", interrupt)
+            patch.setattr(hf, "_copy_companions", interrupt)
         elif where == "rename":
             for name in ("replace", "rename"):
                 patch.setattr(os, name, interrupt)
