@@ -52,6 +52,11 @@ def test_links_lead_somewhere() -> None:
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
 
+def test_no_placeholder_is_left() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"[A-Z]+_TABLE|TODO|XXX", page.read_text(encoding="utf-8")), page
+
+
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     (tree,) = re.findall(r"```\n(pangu_jax/ .*?)```", README, re.DOTALL)
     for line in tree.splitlines():
