@@ -35,13 +35,15 @@ def reading(what: str = "reading") -> Iterator[Advance]:
 @contextlib.contextmanager
 def generating(most: int) -> Iterator[Callable[[int], None]]:
     """A bar of tokens; call the result with the number generated so far."""
-    with _bar("generating", MofNCompleteColumn()) as (bar, task):
-        yield lambda done: bar.update(task, completed=done, total=most)
+    with _bar("compiling, then generating", MofNCompleteColumn(), most) as (bar, task):
+        yield lambda done: bar.update(task, completed=done, description="generating")
 
 
 @contextlib.contextmanager
-def _bar(what: str, counter: ProgressColumn) -> Iterator[tuple[Progress, TaskID]]:
+def _bar(
+    what: str, counter: ProgressColumn, total: int | None = None
+) -> Iterator[tuple[Progress, TaskID]]:
     columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
-        yield bar, bar.add_task(what, total=None)
+        yield bar, bar.add_task(what, total=total)

@@ -28,6 +28,7 @@ class MoGEConfig:
     """FFN width of the shared experts, fused into one MLP."""
 
     def __post_init__(self) -> None:
+        strict.coerce_fields(self)
         _check_dimensions(self, ("num_experts", "num_groups", "expert_width", "shared_width"))
         if self.num_experts % self.num_groups:
             raise ConfigError(
@@ -74,6 +75,7 @@ class ModelConfig:
     """How the checkpoint stores its weights (`torch_dtype`)."""
 
     def __post_init__(self) -> None:
+        strict.coerce_fields(self)
         sizes = ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         _check_dimensions(self, (*sizes, "max_positions"))
         _check_dimensions(self, ("num_layers",), limit=MAX_LAYERS)

@@ -157,6 +157,8 @@ def coerce(kind: Any, value: Any, where: str) -> Any:
         (kind,) = [option for option in arguments if option is not type(None)]
         return coerce(kind, value, where)
     if dataclasses.is_dataclass(kind):
+        if isinstance(value, typing.cast(type, kind)):
+            return value
         if not isinstance(value, dict):
             raise ConfigError(f"{where} must be a table, not {describe(value)}")
         return build(typing.cast(type, kind), value, where)
@@ -193,6 +195,13 @@ def shorten(text: str, quote: bool = True, limit: int = 80) -> str:
     if len(text) > limit:
         printable = printable[:limit] + "..."
     return f"'{printable}'" if quote else printable
+
+
+def coerce_fields(value: object) -> None:
+    """Brings every field of a frozen dataclass to its declared type. Raises ConfigError."""
+    hints = typing.get_type_hints(type(value))
+    for name, kind in hints.items():
+        object.__setattr__(value, name, coerce(kind, getattr(value, name), name))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

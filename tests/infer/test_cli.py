@@ -128,6 +128,20 @@ def test_both_doors_open_with_python_m(module: str) -> None:
     assert done.stderr.startswith("error: unknown command 'fly'")
 
 
+def test_a_missing_device_is_one_line() -> None:
+    argv = [sys.executable, "-m", "infer", "generate", "--prompt-ids", "1", "--model"]
+    done = subprocess.run(
+        [*argv, str(ORACLE / "dense-tiny")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "abacus"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX has no usable abacus device here")
+    assert done.stderr.count("\n") == 1
+
+
 def test_every_command_has_a_handler() -> None:
     assert {kind.__name__ for kind in commands.COMMANDS.values()} == set(commands.HANDLERS)
 

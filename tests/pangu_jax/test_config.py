@@ -78,7 +78,7 @@ GOOD = dict(
         (dict(num_layers=10**6), "num_layers must be an integer from 1"),
         (dict(num_heads=3), r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
         (dict(head_dim=7), "head_dim .7. must be even"),
-        (dict(norm_eps=float("nan")), "norm_eps must be a positive finite number"),
+        (dict(norm_eps=float("nan")), "norm_eps must be a finite number"),
         (dict(rope_theta=-1.0), "rope_theta must be a positive finite number"),
         (dict(intermediate_size=None), "either intermediate_size .* or a moge table"),
         (dict(moge=MoGEConfig(8, 4, 8, 8)), "either intermediate_size .* or a moge table"),
@@ -90,6 +90,19 @@ def test_inconsistent_configs_are_refused(change: dict, complaint: str) -> None:
     ModelConfig(**GOOD)
     with pytest.raises(ConfigError, match=complaint):
         ModelConfig(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "change", [dict(rope_theta="x"), dict(eos_token_ids=("a",)), dict(vocab_size=2.5)], ids=str
+)
+def test_wrong_types_are_a_config_error(change: dict) -> None:
+    """Past the run-time type checks, as a user without them would."""
+    config = object.__new__(ModelConfig)
+    for field in dataclasses.fields(ModelConfig):
+        value = {**GOOD, **change}.get(field.name, field.default)
+        object.__setattr__(config, field.name, value)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        config.__post_init__()
 
 
 def test_groups_must_divide_the_experts() -> None:
