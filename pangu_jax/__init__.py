@@ -18,10 +18,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pangu_jax.build import abstract, convert, init
     from pangu_jax.checkpoint.hf import load, save_hf
     from pangu_jax.config import ModelConfig, MoGEConfig, preset
     from pangu_jax.errors import CheckpointError, ConfigError, InputError, PanguError
-    from pangu_jax.model import Pangu, abstract, convert, init
+    from pangu_jax.model import Pangu
     from pangu_jax.tracing import Trace, trace
 
 __version__ = "0.1.0"
@@ -37,9 +38,9 @@ _HOMES = {
     "InputError": "pangu_jax.errors",
     "PanguError": "pangu_jax.errors",
     "Pangu": "pangu_jax.model",
-    "abstract": "pangu_jax.model",
-    "convert": "pangu_jax.model",
-    "init": "pangu_jax.model",
+    "abstract": "pangu_jax.build",
+    "convert": "pangu_jax.build",
+    "init": "pangu_jax.build",
     "Trace": "pangu_jax.tracing",
     "trace": "pangu_jax.tracing",
 }

@@ -14,14 +14,14 @@ tokens [N, D]. Training, full passes, prefill and decode all call it, with other
 caches. `Pangu.__call__` is the door for users and opens that shard_map.
 
 Layers come in two forms. "separate": one module per layer and an unrolled loop (decode on CPU and
-GPU, where scanning copies every layer's weights). "stacked": runs of equal layers as leaves [L,
-...] under `lax.scan` (training, TPU: the program stays small). `convert` turns one into the other.
+GPU, where scanning copies every layer's weights). "stacked": runs of equal layers as leaves with a
+leading axis, under `lax.scan` (training, TPU: the program stays small). `convert` in build.py turns
+one into the other.
 """
 
 import contextlib
-import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -37,14 +37,13 @@ from pangu_jax import cache as caches
 from pangu_jax import rope
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
-from pangu_jax.config import DType, ModelConfig
-from pangu_jax.errors import ConfigError
+from pangu_jax.config import ModelConfig
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
-from pangu_jax.parallel import boundary, layout
+from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
 
 Form = Literal["separate", "stacked"]
@@ -124,8 +123,9 @@ class Pangu(nnx.Module):
         attention_mask: True or 1 for tokens, False or 0 for padding on either side; logits at
             padding are finite and otherwise unspecified. Positions are `max(cumsum(mask) - 1, 0)`.
 
-        Raises ValueError for shapes or dtypes that do not fit, token ids outside the vocabulary
-        (checked in NumPy arrays), or a mesh entered by the caller.
+        Raises ValueError for shapes or dtypes that do not fit, token ids outside the vocabulary,
+        masks of anything but 0 and 1 (both are looked for outside transforms only), or a mesh
+        entered by the caller.
         """
         return _logits(self, *check_tokens(self.config, tokens, attention_mask))
 
@@ -298,123 +298,3 @@ def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
 def _abstract_param(dtype: DTypeLike, *lead: int) -> Callable[..., nnx.Param]:
     """A maker of parameters that have a shape and dtype but no data yet; `lead` axes come first."""
     return lambda *shape: nnx.Param(jax.ShapeDtypeStruct((*lead, *shape), dtype))
-
-
-def default_form(mesh: Mesh) -> Form:
-    """Separate layers on CPU and GPU, stacked ones on TPU (measured; see docs/architecture.md)."""
-    return "stacked" if mesh.devices.flat[0].platform == "tpu" else "separate"
-
-
-def abstract(
-    config: ModelConfig,
-    *,
-    dtype: DTypeLike | None = None,
-    where: Layout | str | None = None,
-    form: Form | None = None,
-    origin: Origin = Origin(),
-) -> Pangu:
-    """The model as shapes and dtypes, no data: what loading, initialising and planning fill or
-    read.
-    """
-    check_choices(form, dtype)
-    placed = layout.load(where)
-    kind = jnp.dtype(config.dtype if dtype is None else dtype)
-    mesh = placed.make_mesh()
-    return Pangu(config, form or default_form(mesh), kind, placed, mesh, origin)
-
-
-def check_choices(form: Any, dtype: Any) -> None:
-    """Raises ConfigError for a form or dtype that no model has; None is a default."""
-    if form not in (None, *get_args(Form)):
-        raise ConfigError(f"form must be {' or '.join(get_args(Form))}, not {form}")
-    try:
-        name = None if dtype is None else jnp.dtype(dtype).name
-        native = dtype is None or jnp.dtype(dtype).isnative
-    except TypeError:
-        name, native = str(dtype), False
-    if name is not None and (name not in get_args(DType) or not native):
-        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}, not {name}")
-
-
-def named_leaves(model: Pangu) -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted name, such as `blocks.0.attention.qkv`, in tree order."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf
-
-
-def fill(model: Pangu, leaf: Callable[[str, Any], Array]) -> Pangu:
-    """A model of the same structure whose leaves are `leaf(name, old leaf)`."""
-    leaves = [leaf(name, old) for name, old in named_leaves(model)]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
-
-
-def layer_names(model: Pangu, name: str) -> list[str] | None:
-    """For a leaf of a run of stacked layers, the names its slices have as separate layers; else
-    None.
-    """
-    if model.form == "separate" or not name.startswith("blocks."):
-        return None
-    _, run, rest = name.split(".", 2)
-    lengths = [length or 1 for length in model.runs]
-    first = sum(lengths[: int(run)])
-    return [f"blocks.{first + i}.{rest}" for i in range(lengths[int(run)])]
-
-
-def convert(model: Pangu, form: Form) -> Pangu:
-    """The same model with its layers in the other form; pure, and usable under `jax.jit` and
-    `jax.grad`.
-    """
-    check_choices(form, None)
-    if form == model.form:
-        return model
-    slices: dict[str, Callable[[], Array]] = {}
-    for name, held in named_leaves(model):
-        for i, own in enumerate(layer_names(model, name) or []):
-            slices[own] = lambda held=held, i=i: held[i]
-        slices.setdefault(name, lambda held=held: held)
-    target = Pangu(model.config, form, model.dtype, model.layout, model.mesh, model.origin)
-
-    def leaf(name: str, like: Any) -> Array:
-        names = layer_names(target, name)
-        return slices[name]() if names is None else jnp.stack([slices[own]() for own in names])
-
-    return fill(target, leaf)
-
-
-def init(
-    config: ModelConfig,
-    key: Array,
-    *,
-    dtype: DTypeLike | None = None,
-    where: Layout | str | None = None,
-    form: Form | None = None,
-) -> Pangu:
-    """A randomly initialised model: matrices normal with `init_range`, norms and router_scale 1,
-    biases 0.
-
-    Both forms hold the same numbers: the key of a layer's leaf is folded from its name.
-    """
-    model = abstract(config, dtype=dtype, where=where, form=form)
-    whole = NamedSharding(model.mesh, PartitionSpec())
-
-    def draw(name: str, like: Any) -> Array:
-        if name.endswith(("norm.weight", "router_scale")):
-            return jnp.ones(like.shape, like.dtype)
-        if name.endswith("bias"):
-            return jnp.zeros(like.shape, like.dtype)
-        own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        return _normal(own, np.float32(config.init_range), like.shape, like.dtype)
-
-    def leaf(name: str, like: Any) -> Array:
-        names = layer_names(model, name)
-        if names is None:
-            return jax.device_put(draw(name, like), whole)
-        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-        return jax.device_put(jnp.stack([draw(own, one) for own in names]), whole)
-
-    return fill(model, leaf)
-
-
-@jax.jit(static_argnames=("shape", "dtype"))
-def _normal(key: Array, scale: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)

@@ -21,8 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pangu_jax import model as models
-from pangu_jax import strict
+from pangu_jax import build, strict
 from pangu_jax.checkpoint import hf_config, names, safetensors
 from pangu_jax.checkpoint.folder import INDEX, SINGLE, Folder
 from pangu_jax.config import ModelConfig
@@ -79,13 +78,13 @@ def load(
     """
     folder = Path(path)
     config, raw = read_config(folder)
-    models.check_choices(form, dtype)  # before the folder's files are opened
+    build.check_choices(form, dtype)  # before the folder's files are opened
     tensors = Folder(folder)
     parts = check_tensors(config, tensors)
     companions = _companions(folder)
     remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
     origin = Origin(remembered, companions, folder.absolute())
-    model = models.abstract(config, dtype=dtype, where=layout, form=form, origin=origin)
+    model = build.abstract(config, dtype=dtype, where=layout, form=form, origin=origin)
     return _fill(model, tensors, parts, progress)
 
 
@@ -243,7 +242,7 @@ def _fill(
         return jax.device_put(buffer, whole)
 
     def leaf(name: str, like: Any) -> Array:
-        own = models.layer_names(model, name)
+        own = build.layer_names(model, name)
         if own is None:
             return read(name, like.shape, like.dtype)
         stack = jax.device_put(jnp.zeros(like.shape, like.dtype), whole)
@@ -253,7 +252,7 @@ def _fill(
             stack.block_until_ready()
         return stack
 
-    return models.fill(model, leaf)
+    return build.fill(model, leaf)
 
 
 @jax.jit(donate_argnames="stack")
@@ -314,7 +313,7 @@ def _write_folder(model: Pangu, folder: Path, shard_bytes: int) -> None:
 
 def _check_leaves(model: Pangu) -> None:
     """Every leaf must be data, and of one float dtype: the config has a single torch_dtype."""
-    for name, leaf in models.named_leaves(model):
+    for name, leaf in build.named_leaves(model):
         if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
             raise CheckpointError(f"{name} holds no data: only a model with weights can be saved")
         if leaf.dtype.name not in FLOATS or leaf.dtype != model.dtype:
@@ -371,8 +370,8 @@ def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int
 def _locate(model: Pangu) -> dict[str, tuple[Array, int | None]]:
     """For each leaf name in separate form, the array that holds it and its index when stacked."""
     located: dict[str, tuple[Array, int | None]] = {}
-    for name, leaf in models.named_leaves(model):
-        layers = models.layer_names(model, name)
+    for name, leaf in build.named_leaves(model):
+        layers = build.layer_names(model, name)
         for i, own in enumerate(layers or [name]):
             located[own] = (leaf, None if layers is None else i)
     return located

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 import pangu_jax
+from pangu_jax import build
 from pangu_jax import cache as caches
 from pangu_jax import model as models
 from pangu_jax.cache import Meta
@@ -188,9 +189,9 @@ def test_inside_a_shard_map_it_says_what_to_call(model: Pangu) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "float64", "bf16", ">f4"])
 def test_dtypes_and_forms_no_model_has(model: Pangu, dtype: str) -> None:
     with pytest.raises(pangu_jax.ConfigError, match="dtype must be one of float32, bfloat16"):
-        models.check_choices(None, dtype)
+        build.check_choices(None, dtype)
     with pytest.raises(pangu_jax.ConfigError, match="form must be separate or stacked"):
-        models.check_choices("scanned", None)
+        build.check_choices("scanned", None)
 
 
 def test_init_is_the_same_in_both_forms() -> None:

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pangu_jax
+from pangu_jax.build import named_leaves
 from pangu_jax.checkpoint import names
-from pangu_jax.model import named_leaves
 from tests import folders, reference
 
 Raw = dict[str, Any]

@@ -15,8 +15,8 @@ import pytest
 import safetensors.numpy as library_numpy
 
 import pangu_jax
+from pangu_jax.build import named_leaves
 from pangu_jax.checkpoint import hf, hf_config
-from pangu_jax.model import named_leaves
 from tests import folders, reference
 
 Raw = dict[str, Any]
