@@ -294,12 +294,10 @@ def save_hf(
         _write_folder(model, partial, shard_bytes)
         os.replace(partial, target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         name = strict.shorten(str(target), quote=False, limit=300)
         raise CheckpointError(f"{name}: cannot be written ({error.strerror})") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
 
 
 def _write_folder(model: Pangu, folder: Path, shard_bytes: int) -> None:
