@@ -7,8 +7,8 @@ import dataclasses
 from typing import Literal
 
 from infer.cli import flag
+from pangu_jax.config import DType
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
 FormName = Literal["separate", "stacked"]
 
 
@@ -28,7 +28,7 @@ class Generate:
     seed: int | None = flag("makes sampling repeatable", None)
     stop_token_ids: tuple[int, ...] = flag("also stop at these ids", ())
     ignore_eos: bool = flag("do not stop at the model's end tokens", False)
-    dtype: DTypeName | None = flag("dtype of weights and activations (else the folder's)", None)
+    dtype: DType | None = flag("dtype of weights and activations (else the folder's)", None)
     layout: str | None = flag("a layout's name or TOML file", None, metavar="NAME")
     form: FormName | None = flag("layer form (else by platform)", None)
     json: bool = flag("print one JSON object on stdout", False)
@@ -63,7 +63,7 @@ class Bench:
     """
 
     model: str = flag("model folder, or the name or TOML file of a preset", metavar="DIR|NAME")
-    dtype: DTypeName | None = flag("dtype of weights and activations (else the model's)", None)
+    dtype: DType | None = flag("dtype of weights and activations (else the model's)", None)
     form: FormName | None = flag("layer form (else by platform)", None)
     prompt: int = flag("tokens of each prompt", 512)
     tokens: int = flag("tokens to decode", 32)

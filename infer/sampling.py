@@ -89,14 +89,16 @@ def choose(
     positions: where the tokens will stand; with the row's key they fix the draw, whatever the batch
     """
     greedy = controls.temperature == 0
-    processed = lax.cond(jnp.all(greedy), lambda: logits, lambda: process(logits, controls))
-    draw_keys = jax.vmap(jax.random.fold_in)(controls.keys, positions)
-    drawn = lax.cond(
-        jnp.all(greedy),
-        lambda: jnp.zeros(logits.shape[0], jnp.int32),
-        lambda: jax.vmap(jax.random.categorical)(draw_keys, processed).astype(jnp.int32),
-    )
-    tokens = jnp.where(greedy, jnp.argmax(processed, axis=-1).astype(jnp.int32), drawn)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> tuple[Array, Array]:
+        processed = process(logits, controls)
+        keys = jax.vmap(jax.random.fold_in)(controls.keys, positions)
+        drawn = jax.vmap(jax.random.categorical)(keys, processed).astype(jnp.int32)
+        return processed, jnp.where(greedy, best, drawn)
+
+    # Sorting the vocabulary for nobody would cost more than a small model's step.
+    processed, tokens = lax.cond(jnp.all(greedy), lambda: (logits, best), draw)
     chosen = jnp.take_along_axis(processed, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(processed, axis=-1)
 

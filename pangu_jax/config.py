@@ -36,11 +36,6 @@ class MoGEConfig:
                 f"({self.num_groups})"
             )
 
-    @property
-    def experts_per_group(self) -> int:
-        """How many experts each group holds."""
-        return self.num_experts // self.num_groups
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

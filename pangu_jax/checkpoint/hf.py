@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+GENERATION = "generation_config.json"
+
 # Files that belong to a model beside its weights: remembered by `load`, copied by `save_hf`. Never
 # code.
-GENERATION = "generation_config.json"
 COMPANIONS = (
     GENERATION,
     "tokenizer.model",
