@@ -26,8 +26,8 @@ MAX_TEXT_BYTES = 16 * 2**20
 MAX_DEPTH = 32
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a regular file of at most 16 MiB. Links are followed. Raises ConfigError.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Links are followed. Raises ConfigError.
 
     A named pipe or device is refused before it is opened: opening one could block for ever.
     """
@@ -35,13 +35,19 @@ def read_text(path: Path) -> str:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
             raise ConfigError(f"{path}: not a regular file")
-        if info.st_size > MAX_TEXT_BYTES:
-            raise ConfigError(f"{path}: {info.st_size} bytes is too large for a configuration file")
-        return path.read_text(encoding="utf-8")
+        if info.st_size > limit:
+            raise ConfigError(f"{path}: {info.st_size} bytes, but at most {limit} are read")
+        return path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a regular file of at most 16 MiB. Raises ConfigError."""
+    try:
+        return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
 

@@ -1,0 +1,127 @@
+"""Text from token ids as they come: each character once, as soon as it is certain."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import SupportsIndex
+
+from pangu_jax.text.tokenizer import Tokenizer
+
+SPACE = "\u2581"
+DENORMALIZER = 5  # fields of SentencePiece's ModelProto and NormalizerSpec
+CHARACTER_MAP = 2
+
+
+class Detokenizer:
+    """The streaming form of `Tokenizer.decode`.
+
+    The texts that `push` and `finish` return, one after another, are exactly what `decode` makes of
+    all the ids. Bytes of an unfinished character wait for the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._whole_runs = has_denormalizer(tokenizer.processor.serialized_model_proto())
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lead: list[int] = []  # what came before the first character of this run
+        self._bytes: list[int] = []  # byte pieces that are not yet text
+        self._started = False
+
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
+        """The text that these ids make certain."""
+        return "".join(text for id in ids for text in self._next(int(id)))
+
+    def finish(self) -> str:
+        """What was held back. The next `push` begins a new text."""
+        held = self._lead if self._whole_runs else self._bytes
+        self._reset()
+        return self._tokenizer.processor.decode(held) if held else ""
+
+    def _next(self, id: int) -> Iterator[str]:
+        if id in self._skipped:
+            return
+        if (text := self._tokenizer.separators.get(id)) is not None:
+            yield self.finish()
+            yield text
+        elif 0 <= id < len(self._tokenizer.pieces):
+            if self._whole_runs:
+                self._lead.append(id)
+            elif self._tokenizer.processor.is_byte(id):
+                self._bytes.append(id)
+                yield self._certain_bytes()
+            else:
+                yield self._flush_bytes()
+                yield self._piece(id)
+
+    def _certain_bytes(self) -> str:
+        pieces = self._tokenizer.pieces
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(bytes(int(pieces[id][1:-1], 16) for id in self._bytes))
+        unfinished = len(utf8.getstate()[0])
+        if unfinished == len(self._bytes):
+            return ""
+        certain = self._bytes[: len(self._bytes) - unfinished]
+        self._bytes = self._bytes[len(certain) :]
+        self._started = True
+        return self._tokenizer.processor.decode(certain)
+
+    def _flush_bytes(self) -> str:
+        if not self._bytes:
+            return ""
+        text = self._tokenizer.processor.decode(self._bytes)
+        self._bytes, self._started = [], True
+        return text
+
+    def _piece(self, id: int) -> str:
+        """A piece's text; only SentencePiece knows which spaces it drops at the start of a run."""
+        processor = self._tokenizer.processor
+        if not self._started:
+            self._lead.append(id)
+            text = processor.decode(self._lead)
+            self._started = bool(text)
+            return text
+        if processor.is_control(id):
+            return ""
+        if processor.is_unknown(id):
+            return processor.decode([id])
+        return self._tokenizer.pieces[id].replace(SPACE, " ")
+
+
+def has_denormalizer(model: bytes) -> bool:
+    """Whether the serialised SentencePiece model rewrites decoded text: then a run is decoded
+    whole.
+    """
+    specs = [value for field, value in _fields(model) if field == DENORMALIZER]
+    return any(
+        field == CHARACTER_MAP and len(value) > 0
+        for spec in specs
+        for field, value in _fields(spec)
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The length-delimited fields of a protobuf message; the others are passed over."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(message, at)
+        elif kind == 2:
+            size, at = _varint(message, at)
+            yield tag >> 3, message[at : at + size]
+            at += size
+        else:
+            at += {1: 8, 5: 4}[kind]
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
