@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infer.generation import Completion, generate
+    from infer.generation import generate, stream
+    from infer.output import Completion
     from infer.sampling import Sampling
 
 _HOMES = {
-    "Completion": "infer.generation",
+    "Completion": "infer.output",
     "generate": "infer.generation",
+    "stream": "infer.generation",
     "Sampling": "infer.sampling",
 }
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -11,7 +11,7 @@ import jax
 import pangu_jax
 from infer import generation, progress
 from infer.commands import Generate
-from infer.generation import Completion
+from infer.output import Completion
 from infer.sampling import Sampling
 from pangu_jax import strict
 from pangu_jax.checkpoint import hf

@@ -1,34 +1,30 @@
-"""Generation on the device: one prefill, then a decode loop that returns to the host every CHUNK
-tokens.
+"""Generation: prompts of token ids in, completions out, in few compiled shapes.
 
-Prompts are ragged: they are padded on the right to one of few shapes. Within a chunk there is no
-host round trip; between chunks the host looks for the end, reports progress, can be interrupted,
-and makes room in the cache.
+Prompts are ragged: they are padded on the right to powers of two. Between dispatches the host looks
+for the end, gives text, can be interrupted, and makes room in the cache.
 """
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, SupportsIndex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
-from infer import sampling as samplers
-from infer.sampling import Controls, Sampling
-from pangu_jax import cache as caches
-from pangu_jax import model as models
-from pangu_jax.cache import Cache, Meta
+from infer import decode, thinking
+from infer.decode import CHUNK, Request, State
+from infer.output import Completion, FinishReason, Row
+from infer.sampler import Choice, Controls, Shaping
+from infer.sampling import Sampling
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
-from pangu_jax.pytree import pytree
+from pangu_jax.text.tokenizer import Tokenizer
 
-# Decode steps of one dispatch (own choice): few host round trips, and Ctrl-C still answers.
-CHUNK = 32
+__all__ = ["Completion", "Decoding", "FinishReason", "check_prompt", "generate", "stream"]
 
 # A cache that must grow gets room for this many tokens more, rounded up to a power of two: every
 # size compiles once, and unused slots are still read.
@@ -37,81 +33,128 @@ AHEAD = 512
 SMALLEST_PROMPT = 16
 SMALLEST_STOPS = 8
 
-FinishReason = Literal["stop", "length"]
+# How long a reader may wait for the next words of a stream.
+STREAM_SECONDS = 0.08
+
 Progress = Callable[[int], None]
 Prompt = Sequence[SupportsIndex] | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt.
-
-    token_ids: without the prompt, with the end-of-sequence or stop token that ended it
-    logprobs: of each token, in the distribution it was chosen from
-    finish_reason: "stop" after an end token, "length" at max_new_tokens or the model's last
-        position
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-
-
-@pytree
-class State:
-    """Where decoding stands. `token` was chosen last and is not in the cache yet."""
-
-    cache: Cache
-    token: Int[Array, " B"]
-    left: Int[Array, " B"]
-    """Tokens each row may still choose; 0 when it has finished."""
-
-
-@pytree
-class Request:
-    """What stays the same for the rows of a batch."""
-
-    controls: Controls
-    limits: Int[Array, " B"]
-    stops: Int[Array, " X"]
-    """Ids that end a row, padded with -1."""
 
 
 def generate(
     model: Pangu,
     token_lists: Sequence[Prompt] | np.ndarray,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> list[Completion]:
-    """One Completion per prompt of token ids, in order. Greedy when `sampling` is None.
+    """The completions of prompts of token ids, in order; `sampling.n` in a row for each prompt.
 
+    sampling: for all prompts, or one for each; None is greedy
+    tokenizer: gives completions their text; stop strings and thinking budgets need one
     progress: called with the number of decode steps done after every dispatch
     Raises InputError: an empty prompt, an id outside the vocabulary, a prompt past the model's last
-    position.
+    position, settings that need a tokenizer.
     """
-    sampling = sampling or Sampling()
-    prompts = [check_prompt(model.config, prompt) for prompt in token_lists]
-    if not prompts:
+    if len(token_lists) == 0:
         return []
-    stops = frozenset(sampling.stop_token_ids)
-    if not sampling.ignore_eos:
-        stops |= frozenset(model.config.eos_token_ids)
-    tokens, mask = _pad(prompts)
-    request = _request(model, prompts, sampling, stops, rows=len(tokens))
-    state, new = _prefill(model, tokens, mask, request)
-    chosen = [jax.device_get(new)]
+    decoding = Decoding(model, token_lists, sampling, tokenizer)
+    while decoding.alive:
+        decoding.step()
+        if progress and decoding.alive:
+            progress(decoding.steps)
+    return [row.completion for row in decoding.rows]
+
+
+def stream(
+    model: Pangu,
+    prompt: Prompt,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: Tokenizer,
+) -> Iterator[str | Completion]:
+    """The text of one completion as it becomes certain; its Completion comes last.
+
+    Errors as for `generate`; `sampling.n` must be 1.
+    """
+    if sampling is not None and sampling.n != 1:
+        raise InputError("n must be 1 in a stream")
+    decoding = Decoding(model, [prompt], sampling, tokenizer)
     steps = 1
-    while (alive := np.asarray(state.left) > 0).any():
-        if progress:
-            progress(steps)
-        state = _make_room(state, alive)
-        state, new = _decode(model, state, request)
-        chosen.append(jax.device_get(new))
-        steps += int((chosen[-1][0] >= 0).any(axis=0).sum())
-    ids = np.concatenate([ids for ids, _ in chosen], axis=1)
-    logprobs = np.concatenate([logprobs for _, logprobs in chosen], axis=1)
-    return [_completion(ids[row], logprobs[row], stops) for row in range(len(prompts))]
+    while decoding.alive:
+        start = time.perf_counter()
+        before = decoding.steps
+        (text,) = decoding.step(steps)
+        if text:
+            yield text
+        each = (time.perf_counter() - start) / max(decoding.steps - before, 1)
+        steps = min(max(int(STREAM_SECONDS / each), 1), CHUNK)
+    yield decoding.rows[0].completion
+
+
+class Decoding:
+    """A batch on its way: every `step` is one dispatch, and tells each row's new text."""
+
+    def __init__(
+        self,
+        model: Pangu,
+        token_lists: Sequence[Prompt] | np.ndarray,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        prompts = [check_prompt(model.config, prompt) for prompt in token_lists]
+        settings = _settings(sampling, len(prompts), model.config, tokenizer)
+        ends = [_end_ids(each, model.config) for each in settings]
+        self.rows = [
+            Row(each, end_ids, tokenizer)
+            for each, end_ids in zip(settings, ends, strict=True)
+            for _ in range(each.n)
+        ]
+        self.steps = 0
+        """Tokens that the longest row has so far."""
+        self._model = model
+        self._tokens, self._mask = _pad(prompts)
+        self._top = max(each.top_logprobs for each in settings)
+        self._request = _request(model.config, prompts, settings, ends, tokenizer)
+        self._state: State | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether any row goes on."""
+        return any(row.finish_reason is None for row in self.rows)
+
+    def step(self, steps: int = CHUNK) -> list[str]:
+        """Up to `steps` more tokens of every row (the first call: one), and their texts."""
+        if self._state is None:
+            state, choice = decode.prefill(
+                self._model, self._tokens, self._mask, self._request, self._top
+            )
+        else:
+            state = _make_room(self._state)
+            state, choice = decode.decode(
+                self._model, state, self._request, jnp.asarray(steps, jnp.int32), self._top
+            )
+        return self._collect(state, choice)
+
+    def _collect(self, state: State, choice: Choice) -> list[str]:
+        ids, logprobs = np.asarray(choice.token), np.asarray(choice.logprob)
+        likeliest = None if choice.top is None else tuple(map(np.asarray, choice.top))
+        left, texts = np.array(state.left), []
+        for i, row in enumerate(self.rows):
+            if row.finish_reason is not None:
+                texts.append("")
+                continue
+            top = None if likeliest is None else (likeliest[0][i], likeliest[1][i])
+            text = row.take(ids[i], logprobs[i], top)
+            if left[i] == 0:
+                text += row.end()
+            elif row.finish_reason is not None:  # a stop string: the device does not know
+                left[i] = 0
+                state = dataclasses.replace(state, left=jnp.asarray(left))
+            texts.append(text)
+        self.steps = max(row.num_tokens for row in self.rows)
+        self._state = state
+        return texts
 
 
 def check_prompt(config: ModelConfig, prompt: Any) -> np.ndarray:
@@ -140,6 +183,35 @@ def bucket(size: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (size - 1).bit_length())
 
 
+def _settings(
+    sampling: Sampling | Sequence[Sampling] | None,
+    prompts: int,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+) -> list[Sampling]:
+    """One Sampling per prompt, each checked against the model."""
+    if sampling is None or isinstance(sampling, Sampling):
+        settings = [sampling or Sampling()] * prompts
+    else:
+        settings = list(sampling)
+    if len(settings) != prompts:
+        raise InputError(f"{len(settings)} samplings for {prompts} prompts")
+    for each in settings:
+        if each.needs_tokenizer and tokenizer is None:
+            raise InputError(f"{each.needs_tokenizer} needs a tokenizer")
+        for id in each.logit_bias:
+            if not 0 <= id < config.vocab_size:
+                raise InputError(
+                    f"logit_bias: token id {id} is outside the vocabulary of {config.vocab_size}"
+                )
+    return settings
+
+
+def _end_ids(sampling: Sampling, config: ModelConfig) -> frozenset[int]:
+    ends = frozenset(sampling.stop_token_ids)
+    return ends if sampling.ignore_eos else ends | frozenset(config.eos_token_ids)
+
+
 def _pad(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts on the left of a [rows, width] grid of bucket sizes, and the mask of what is real."""
     rows = bucket(len(prompts))
@@ -152,107 +224,82 @@ def _pad(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _request(
-    model: Pangu,
+    config: ModelConfig,
     prompts: list[np.ndarray],
-    sampling: Sampling,
-    stops: frozenset[int],
-    rows: int,
+    settings: list[Sampling],
+    ends: list[frozenset[int]],
+    tokenizer: Tokenizer | None,
 ) -> Request:
-    last = model.config.max_positions
-    limits = np.zeros(rows, np.int32)
-    # The token after the last position is chosen but never fed back, so a full prompt still gets
-    # one.
-    for row, prompt in enumerate(prompts):
-        limits[row] = min(sampling.max_new_tokens, last - prompt.size + 1)
-    stop_ids = np.full(bucket(len(stops), SMALLEST_STOPS), -1, np.int32)
-    stop_ids[: len(stops)] = sorted(stops)
-    if sampling.seed is None:
-        seeds = [secrets.randbits(31) for _ in range(rows)]
-    else:
-        seeds = [sampling.seed % 2**31] * rows
-    controls = Controls(
-        temperature=jnp.full(rows, sampling.temperature, jnp.float32),
-        top_k=jnp.full(rows, sampling.top_k, jnp.int32),
-        top_p=jnp.full(rows, sampling.top_p, jnp.float32),
-        keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.int32)),
+    """The rows of all prompts, padded to a bucket with rows that have nothing to do."""
+    rows = [(i, j) for i, each in enumerate(settings) for j in range(each.n)]
+    blank = bucket(len(rows)) - len(rows)
+    # The token after the last position is chosen but never fed back, so a full prompt gets one.
+    limits = [
+        min(settings[i].max_new_tokens, config.max_positions - prompts[i].size + 1) for i, _ in rows
+    ]
+    stops = np.full((len(rows) + blank, bucket(max(map(len, ends)), SMALLEST_STOPS)), -1, np.int32)
+    for row, (i, _) in enumerate(rows):
+        stops[row, : len(ends[i])] = sorted(ends[i])
+    of_row = [settings[i] for i, _ in rows] + [Sampling()] * blank
+    sources = None
+    if len(rows) > len(prompts):
+        sources = jnp.asarray([i for i, _ in rows] + [0] * blank, jnp.int32)
+    budget = thought = None
+    if any(each.thinking_budget is not None for each in settings):
+        assert tokenizer is not None
+        budgets = [each.thinking_budget for each in of_row]
+        budget = thinking.budget(tokenizer, budgets, config.vocab_size)
+        open_thoughts = [thinking.used_in_prompt(budget, prompts[i]) for i, _ in rows]
+        thought = jnp.asarray(open_thoughts + [thinking.NOT_THINKING] * blank, jnp.int32)
+    return Request(
+        _controls(of_row, _keys(settings, blank), config.vocab_size),
+        jnp.asarray(limits + [0] * blank, jnp.int32),
+        jnp.asarray(stops),
+        sources,
+        budget,
+        thought,
     )
-    return Request(controls, jnp.asarray(limits), jnp.asarray(stop_ids))
 
 
-def _make_room(state: State, alive: np.ndarray) -> State:
+def _keys(settings: list[Sampling], blank: int) -> jax.Array:
+    """A key for every row: of the request's seed, and which of its n completions it is."""
+    fresh = lambda seed: secrets.randbits(31) if seed is None else seed % 2**31
+    pairs = [(seed, j) for each in settings for seed in [fresh(each.seed)] for j in range(each.n)]
+    seeds, which = np.array(pairs + [(0, 0)] * blank, np.int32).T
+    return jax.vmap(lambda s, j: jax.random.fold_in(jax.random.key(s), j))(
+        jnp.asarray(seeds), jnp.asarray(which)
+    )
+
+
+def _controls(rows: list[Sampling], keys: jax.Array, vocab: int) -> Controls:
+    floats = lambda name: jnp.asarray([getattr(row, name) for row in rows], jnp.float32)
+    shaping = None
+    if any(row.shapes_logits for row in rows):
+        bias = np.zeros((len(rows), vocab), np.float32)
+        for i, row in enumerate(rows):
+            for id, value in row.logit_bias.items():
+                bias[i, id] = value
+        shaping = Shaping(
+            floats("repetition_penalty"),
+            floats("presence_penalty"),
+            floats("frequency_penalty"),
+            jnp.asarray(bias),
+        )
+    return Controls(
+        floats("temperature"),
+        jnp.asarray([row.top_k for row in rows], jnp.int32),
+        floats("top_p"),
+        floats("min_p"),
+        keys,
+        shaping,
+    )
+
+
+def _make_room(state: State) -> State:
     """Slots for the next chunk at least; a cache that must grow also gets room AHEAD."""
-    length, left = np.asarray(state.cache.length)[alive], np.asarray(state.left)[alive]
+    left = np.asarray(state.left)
+    length, left = np.asarray(state.cache.length)[left > 0], left[left > 0]
     if (length + np.minimum(left, CHUNK)).max() <= state.cache.capacity:
         return state
     slots = bucket(int((length + np.minimum(left, AHEAD)).max()))
-    return dataclasses.replace(state, cache=_grow(state.cache, slots))
-
-
-_grow = jax.jit(caches.grow, static_argnames="capacity")
-
-
-@jax.jit
-def _prefill(
-    model: Pangu, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], request: Request
-) -> tuple[State, tuple[Int[Array, "B 1"], Float[Array, "B 1"]]]:
-    """The prompts in a fresh cache of their own width, and the first token of each."""
-
-    def local(model: Pangu, tokens: Array, mask: Array, request: Request) -> tuple:
-        B, T = tokens.shape
-        meta = Meta.from_mask(mask)
-        hidden, cache = models.forward(model, tokens.reshape(-1), meta, model.empty_cache(B, T))
-        assert cache is not None
-        last = jnp.maximum(cache.length - 1, 0)
-        ends = hidden.reshape(B, T, -1)[jnp.arange(B), last]
-        return _advance(model, cache, ends, request.limits, request)
-
-    state, (token, logprob) = models.on_mesh(model, local)(model, tokens, mask, request)
-    return state, (token[:, None], logprob[:, None])
-
-
-@jax.jit(donate_argnames="state")
-def _decode(
-    model: Pangu, state: State, request: Request
-) -> tuple[State, tuple[Int[Array, "B C"], Float[Array, "B C"]]]:
-    """Up to CHUNK more tokens of every unfinished row; -1 where a row had finished."""
-
-    def local(model: Pangu, state: State, request: Request) -> tuple:
-        B = state.token.shape[0]
-
-        def step(carry: tuple) -> tuple:
-            i, state, tokens, logprobs = carry
-            state, (token, logprob) = _decode_one(model, state, request)
-            put = lambda buffer, new: lax.dynamic_update_index_in_dim(buffer, new, i, axis=1)
-            return i + 1, state, put(tokens, token), put(logprobs, logprob)
-
-        going = lambda carry: (carry[0] < CHUNK) & jnp.any(carry[1].left > 0)
-        blank = jnp.full((B, CHUNK), -1, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
-        _, state, *out = lax.while_loop(going, step, (jnp.int32(0), state, *blank))
-        return state, tuple(out)
-
-    return models.on_mesh(model, local)(model, state, request)
-
-
-def _decode_one(model: Pangu, state: State, request: Request) -> tuple:
-    alive = state.left > 0
-    meta = Meta(state.cache.length[:, None], alive[:, None])
-    hidden, cache = models.forward(model, state.token, meta, state.cache)
-    assert cache is not None
-    return _advance(model, cache, hidden, state.left, request)
-
-
-def _advance(model: Pangu, cache: Cache, ends: Array, left: Array, request: Request) -> tuple:
-    """The state after choosing the token that follows each row's last hidden state."""
-    token, logprob = samplers.choose(models.logits(model, ends), request.controls, cache.length)
-    alive = left > 0
-    token = jnp.where(alive, token, -1)
-    stopped = jnp.any(token[:, None] == request.stops[None, :], axis=1)
-    left = jnp.where(stopped | ~alive, 0, left - 1)
-    return State(cache, token, left), (token, logprob)
-
-
-def _completion(ids: np.ndarray, logprobs: np.ndarray, stops: frozenset[int]) -> Completion:
-    real = ids >= 0
-    chosen = ids[real].tolist()
-    reason: FinishReason = "stop" if chosen[-1] in stops else "length"
-    return Completion(chosen, logprobs[real].tolist(), reason)
+    return dataclasses.replace(state, cache=decode.grow(state.cache, slots))

@@ -1,20 +1,18 @@
-"""How the next token is chosen: the request's settings, and the choice itself on the device."""
+"""What a request asks of its tokens: length, randomness, penalties, where to stop."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int, Key
 
 from pangu_jax.errors import InputError
-from pangu_jax.pytree import pytree
 
 # Below this a float32 cumulative sum cannot tell it from nothing.
 SMALLEST_TOP_P = 1e-30
+MAX_TOP_LOGPROBS = 100
+MAX_N = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,38 +25,108 @@ class Sampling:
     temperature: 0 is greedy
     top_k: sample among the k likeliest tokens; 0 or -1 is off
     top_p: sample among the likeliest tokens that together reach this probability
+    min_p: sample among tokens at least this fraction as likely as the likeliest; 0 is off
+    repetition_penalty: above 1, tokens of the prompt and the answer so far become less likely:
+        positive logits are divided by it, negative ones multiplied (CTRL, arXiv 1909.05858)
+    presence_penalty: taken from the logit of every token of the answer so far
+    frequency_penalty: the same, once for every time it is there
+    logit_bias: added to logits, by token id
     seed: the draw at a position depends on the seed and the position alone; None seeds every prompt
         afresh
+    n: completions of every prompt; they differ as if their seeds did
+    top_logprobs: report this many of the likeliest tokens at every position
     stop_token_ids: generation also ends after one of these
+    stop: generation also ends when its text contains one of these strings; needs a tokenizer
     ignore_eos: do not end at the model's end-of-sequence tokens
+    thinking_budget: the most tokens of thinking before it is closed; needs a tokenizer
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     seed: int | None = None
+    n: int = 1
+    top_logprobs: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
-            _check_integer(name, getattr(self, name), optional=name == "seed")
-        try:
-            stops = tuple(self.stop_token_ids)
-        except TypeError:
-            raise InputError("stop_token_ids must be a list of token ids") from None
-        for stop in stops:
-            _check_integer("stop_token_ids", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(int(stop) for stop in stops))
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not (0 <= self.temperature < math.inf):
-            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
+        for name in ("max_new_tokens", "top_k", "n", "top_logprobs"):
+            _check_integer(name, getattr(self, name))
+        for name in ("seed", "thinking_budget"):
+            _check_integer(name, getattr(self, name), optional=True)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            _check_number(name, getattr(self, name))
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), negative=True)
+        self._check_stops()
+        self._check_bias()
+        for name, most in (("n", MAX_N), ("max_new_tokens", 2**31)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
         if self.top_k < -1:
             raise InputError(f"top_k must be positive, or 0 or -1 for off, not {self.top_k}")
         if not SMALLEST_TOP_P <= self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p > 1:
+            raise InputError(f"min_p must be from 0 to 1, not {self.min_p}")
+        if self.repetition_penalty == 0:
+            raise InputError("repetition_penalty must be above 0; 1 is off")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InputError(
+                f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, not {self.top_logprobs}"
+            )
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise InputError(f"thinking_budget must be 0 or more, not {self.thinking_budget}")
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether penalties or biases change the logits."""
+        off = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
+        return not off or bool(self.logit_bias)
+
+    @property
+    def needs_tokenizer(self) -> str | None:
+        """The field that cannot be honoured without a tokenizer, if one is set."""
+        if self.stop:
+            return "stop"
+        return "thinking_budget" if self.thinking_budget is not None else None
+
+    def _check_stops(self) -> None:
+        ids = _tuple(self.stop_token_ids, "stop_token_ids must be a list of token ids")
+        for id in ids:
+            _check_integer("stop_token_ids", id)
+        strings = (self.stop,) if isinstance(self.stop, str) else self.stop
+        strings = _tuple(strings, "stop must be a list of strings")
+        if not all(isinstance(text, str) and text for text in strings):
+            raise InputError("stop must be a list of strings that are not empty")
+        object.__setattr__(self, "stop_token_ids", tuple(int(id) for id in ids))
+        object.__setattr__(self, "stop", strings)
+
+    def _check_bias(self) -> None:
+        try:
+            bias = dict(self.logit_bias)
+        except (TypeError, ValueError):
+            raise InputError("logit_bias must map token ids to numbers") from None
+        for id, value in bias.items():
+            _check_integer("logit_bias", id)
+            _check_number("logit_bias", value, negative=True)
+        object.__setattr__(self, "logit_bias", bias)
+
+
+def _tuple(values: Any, complaint: str) -> tuple:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise InputError(complaint) from None
 
 
 def _check_integer(name: str, value: Any, optional: bool = False) -> None:
@@ -69,56 +137,10 @@ def _check_integer(name: str, value: Any, optional: bool = False) -> None:
         raise InputError(f"{name} must be an integer below 2**31, not {value!r}")
 
 
-@pytree
-class Controls:
-    """The settings of every row of a batch, on the device."""
-
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    keys: Key[Array, " B"]
-
-
-def choose(
-    logits: Float[Array, "B V"], controls: Controls, positions: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """The next token of every row, and its log-probability in the distribution it was drawn from.
-
-    A greedy row takes the likeliest token (the first of equals) and reports it in the unscaled
-    distribution.
-    positions: where the tokens will stand; with the row's key they fix the draw, whatever the batch
-    """
-    greedy = controls.temperature == 0
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw() -> tuple[Array, Array]:
-        processed = process(logits, controls)
-        keys = jax.vmap(jax.random.fold_in)(controls.keys, positions)
-        drawn = jax.vmap(jax.random.categorical)(keys, processed).astype(jnp.int32)
-        return processed, jnp.where(greedy, best, drawn)
-
-    # Sorting the vocabulary for nobody would cost more than a small model's step.
-    processed, tokens = lax.cond(jnp.all(greedy), lambda: (logits, best), draw)
-    chosen = jnp.take_along_axis(processed, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(processed, axis=-1)
-
-
-def process(logits: Float[Array, "B V"], controls: Controls) -> Float[Array, "B V"]:
-    """Logits after temperature, then top-k, then top-p of what is left; greedy rows unchanged.
-
-    Tokens equal to the last one kept are kept too (own choice: the result does not depend on how
-    ties sort).
-    """
-    temperature = jnp.where(controls.temperature == 0, 1.0, controls.temperature)
-    scaled = logits / temperature[:, None]
-    V = logits.shape[-1]
-    ranked = -jnp.sort(-scaled, axis=-1)
-    k = jnp.where(controls.top_k <= 0, V, jnp.minimum(controls.top_k, V))
-    in_top_k = jnp.arange(V)[None, :] < k[:, None]
-    probabilities = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    top_p = controls.top_p[:, None]
-    kept = in_top_k & ((before < top_p) | (top_p >= 1))
-    lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    unlimited = (controls.temperature == 0)[:, None]
-    return jnp.where(unlimited | (scaled >= lowest), scaled, -jnp.inf)
+def _check_number(name: str, value: Any, negative: bool = False) -> None:
+    """Finite in float32."""
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if isinstance(value, bool) or not number or not abs(value) < 1e38:
+        raise InputError(f"{name} must be a number, not {value!r}")
+    if math.isnan(value) or (value < 0 and not negative):
+        raise InputError(f"{name} must be 0 or more, not {value}")

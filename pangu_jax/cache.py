@@ -111,3 +111,9 @@ def grow(cache: Cache, capacity: int) -> Cache:
         return jnp.pad(buffer, width)
 
     return Cache(tuple(map(pad, cache.keys)), tuple(map(pad, cache.values)), cache.length)
+
+
+def take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
+    """A cache of R sequences: the given rows, in that order, as often as they are named."""
+    take = lambda buffer: jnp.take(buffer, rows, axis=buffer.ndim - 4)
+    return Cache(tuple(map(take, cache.keys)), tuple(map(take, cache.values)), cache.length[rows])

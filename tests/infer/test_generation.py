@@ -10,7 +10,7 @@ import pytest
 
 import infer
 import pangu_jax
-from infer import generation
+from infer import decode, generation
 from infer.sampling import Sampling
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
@@ -132,8 +132,8 @@ def test_few_programs_are_compiled(tiny: Pangu) -> None:
     """Prompts and lengths of many sizes share a handful of shapes, and calls of a known shape
     compile nothing.
     """
-    prefill, decode = generation._prefill, generation._decode
-    for compiled in (prefill, decode, generation._grow):
+    prefill, decoding = decode.prefill, decode.decode
+    for compiled in (prefill, decoding, decode.grow):
         compiled.clear_cache()
     rng = np.random.default_rng(1)
 
@@ -144,22 +144,21 @@ def test_few_programs_are_compiled(tiny: Pangu) -> None:
 
     run()
     assert prefill._cache_size() == 2  # one or two rows of up to 16 tokens
-    compiled = decode._cache_size()
+    compiled = decoding._cache_size()
     assert compiled <= 5
     for _ in range(3):
         run()
-    assert (prefill._cache_size(), decode._cache_size()) == (2, compiled)
+    assert (prefill._cache_size(), decoding._cache_size()) == (2, compiled)
     hot = Sampling(max_new_tokens=40, temperature=0.5, top_k=3, seed=1)
     infer.generate(tiny, [[1, 2, 3]], hot)  # settings are data, not shapes
-    assert (prefill._cache_size(), decode._cache_size()) == (2, compiled)
+    assert (prefill._cache_size(), decoding._cache_size()) == (2, compiled)
 
 
 def test_no_transfer_within_a_chunk(tiny: Pangu) -> None:
     """The decode loop is one program with a while loop: the host is not asked between tokens."""
-    tokens, mask = generation._pad([np.array([1, 5, 9], np.int32)])
-    request = generation._request(tiny, [np.array([1, 5, 9])], GREEDY, frozenset(), rows=1)
-    state, _ = generation._prefill(tiny, tokens, mask, request)
-    lowered = generation._decode.lower(tiny, state, request)
+    batch = generation.Decoding(tiny, [[1, 5, 9]], GREEDY)
+    batch.step()
+    lowered = decode.decode.lower(tiny, batch._state, batch._request, jnp.int32(4), 0)
     assert "stablehlo.while" in lowered.as_text()
     compiled = lowered.compile().as_text()
     assert "callback" not in compiled

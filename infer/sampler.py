@@ -1,0 +1,138 @@
+"""How the next token is chosen, on the device.
+
+Logits pass through, in this order: logit bias, repetition penalty, frequency and presence penalty,
+temperature, top-k, top-p of what is left, min-p. Log-probabilities are those of the distribution
+that comes out.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from pangu_jax.pytree import pytree
+
+
+@pytree
+class Shaping:
+    """What changes single tokens' logits, of every row of a batch."""
+
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    bias: Float[Array, "B V"]
+
+
+@pytree
+class Controls:
+    """The settings of every row of a batch, on the device. `shaping` is None where no row has any:
+    it takes memory and time in proportion to the vocabulary.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    keys: Key[Array, " B"]
+    shaping: Shaping | None
+
+
+@pytree
+class History:
+    """What every row has seen: tokens of its prompt, and how often it chose each token since."""
+
+    prompt: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]
+
+    @classmethod
+    def of(cls, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], vocab: int) -> "History":
+        """The history of prompts that have no answer yet."""
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        seen = jnp.zeros((tokens.shape[0], vocab), bool).at[rows, tokens].max(mask)
+        return cls(seen, jnp.zeros(seen.shape, jnp.int32))
+
+    def add(self, token: Int[Array, " B"], alive: Bool[Array, " B"]) -> "History":
+        """The history after every living row chose its token."""
+        rows = jnp.arange(token.shape[0])
+        counted = self.counts.at[rows, jnp.maximum(token, 0)].add(alive.astype(jnp.int32))
+        return History(self.prompt, counted)
+
+
+@pytree
+class Choice:
+    """A token for every row (and step), its log-probability, and those of the K likeliest."""
+
+    token: Int[Array, "B *C"]
+    logprob: Float[Array, "B *C"]
+    top: tuple[Int[Array, "B *C K"], Float[Array, "B *C K"]] | None
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    controls: Controls,
+    positions: Int[Array, " B"],
+    history: History | None = None,
+    top: int = 0,
+) -> Choice:
+    """The next token of every row, drawn from the processed distribution.
+
+    A greedy row takes the likeliest token (the first of equals) and reports it in the distribution
+    before temperature and cuts.
+    positions: where the tokens will stand; with the row's key they fix the draw, whatever the batch
+    top: K, how many of the likeliest tokens to report
+    """
+    if controls.shaping is not None:
+        assert history is not None
+        logits = shape(logits, controls.shaping, history)
+    greedy = controls.temperature == 0
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> tuple[Array, Array]:
+        processed = process(logits, controls)
+        keys = jax.vmap(jax.random.fold_in)(controls.keys, positions)
+        drawn = jax.vmap(jax.random.categorical)(keys, processed).astype(jnp.int32)
+        return processed, jnp.where(greedy, best, drawn)
+
+    # Sorting the vocabulary for nobody would cost more than a small model's step.
+    processed, token = lax.cond(jnp.all(greedy), lambda: (logits, best), draw)
+    total = jax.nn.logsumexp(processed, axis=-1)
+    chosen = jnp.take_along_axis(processed, token[:, None], axis=-1)[:, 0]
+    likeliest = None
+    if top:
+        values, ids = lax.top_k(processed, min(top, processed.shape[-1]))
+        likeliest = ids.astype(jnp.int32), values - total[:, None]
+    return Choice(token, chosen - total, likeliest)
+
+
+def shape(logits: Float[Array, "B V"], shaping: Shaping, history: History) -> Float[Array, "B V"]:
+    """Logits after bias and penalties (definitions in `Sampling`; the order is vLLM's)."""
+    logits = logits + shaping.bias
+    chosen = history.counts > 0
+    by = shaping.repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / by, logits * by)
+    logits = jnp.where(history.prompt | chosen, repeated, logits)
+    times = history.counts.astype(logits.dtype)
+    logits = logits - shaping.frequency[:, None] * times
+    return logits - shaping.presence[:, None] * chosen.astype(logits.dtype)
+
+
+def process(logits: Float[Array, "B V"], controls: Controls) -> Float[Array, "B V"]:
+    """Logits after temperature, top-k, top-p of what is left, and min-p; greedy rows unchanged.
+
+    Tokens equal to the last one kept are kept too (own choice: the result does not depend on how
+    ties sort).
+    """
+    temperature = jnp.where(controls.temperature == 0, 1.0, controls.temperature)
+    scaled = logits / temperature[:, None]
+    V = logits.shape[-1]
+    ranked = -jnp.sort(-scaled, axis=-1)
+    k = jnp.where(controls.top_k <= 0, V, jnp.minimum(controls.top_k, V))
+    in_top_k = jnp.arange(V)[None, :] < k[:, None]
+    probabilities = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    top_p = controls.top_p[:, None]
+    kept = in_top_k & ((before < top_p) | (top_p >= 1))
+    lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    lowest = jnp.maximum(lowest, ranked[:, :1] + jnp.log(controls.min_p)[:, None])
+    unlimited = (controls.temperature == 0)[:, None]
+    return jnp.where(unlimited | (scaled >= lowest), scaled, -jnp.inf)
