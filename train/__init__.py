@@ -1,4 +1,4 @@
-"""Loops that change weights, on top of `infer` and `pangu_jax`.
+"""What makes new weights and vocabularies, on top of `infer` and `pangu_jax`.
 
-Nothing is here yet but the door.
+So far that is `pangu-train tokenizer`; no loop changes weights yet.
 """

@@ -1,23 +1,17 @@
-"""The one door of training: `pangu-train`. It opens with the first training loop."""
+"""The one door of training: `pangu-train COMMAND ...`, or `python -m train COMMAND ...`."""
 
 import sys
 from collections.abc import Sequence
 
-from infer import cli
-from pangu_jax.errors import PanguError
+from infer import door
+from train import commands
 
-ABOUT = "Train openPangu models. This version has no training commands yet."
-COMMANDS: dict[str, type] = {}
+ABOUT = "Train what openPangu models need. So far: tokenizers."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints help; any command is refused with one `error:` line and exit code 2."""
-    try:
-        cli.parse("pangu-train", ABOUT, COMMANDS, sys.argv[1:] if argv is None else argv)
-    except PanguError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs a command and returns its exit code."""
+    return door.enter("pangu-train", ABOUT, commands.COMMANDS, commands.HANDLERS, argv)
 
 
 if __name__ == "__main__":
