@@ -187,7 +187,14 @@ def coerce(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-NOUNS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+NOUNS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def describe(value: Any) -> str:

@@ -82,7 +82,7 @@ def render(
     """
     plain = [_Plain.of(message, i, markers) for i, message in enumerate(messages)]
     if think is not None:
-        _switch(plain, _checked(think), meta_prompt)
+        _switch(plain, check_think(think), meta_prompt)
     if isinstance(template, FolderTemplate):
         return _render_folder(plain, template, add_generation_prompt, tools)
     if template not in ("hf", "vllm"):
@@ -143,15 +143,16 @@ def thinking_mode(messages: Sequence[Message]) -> Think | None:
     last = users[-1] if users else ""
     for mode, suffix in SUFFIX.items():
         if last.rstrip().endswith(suffix.strip()):
-            return _checked(mode)
+            return check_think(mode)
     for text in [last, *(m.content for m in plain[:1] if m.role == "system")]:
         for mode, line in META.items():
             if re.search(rf"^{re.escape(line)}\b", text, re.MULTILINE):
-                return _checked(mode)
+                return check_think(mode)
     return None
 
 
-def _checked(think: str) -> Think:
+def check_think(think: str) -> Think:
+    """The thinking mode of that name. Raises InputError."""
     if think not in ("fast", "slow", "auto"):
         raise InputError(f"unknown thinking mode {strict.describe(think)}; use fast, slow or auto")
     return think

@@ -7,8 +7,6 @@ from typing import SupportsIndex
 from pangu_jax.text.tokenizer import Tokenizer
 
 SPACE = "\u2581"
-DENORMALIZER = 5  # fields of SentencePiece's ModelProto and NormalizerSpec
-CHARACTER_MAP = 2
 
 
 class Detokenizer:
@@ -21,7 +19,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._whole_runs = has_denormalizer(tokenizer.processor.serialized_model_proto())
+        self._whole_runs = tokenizer.rewrites_text
         self._reset()
 
     def _reset(self) -> None:
@@ -37,7 +35,7 @@ class Detokenizer:
         """What was held back. The next `push` begins a new text."""
         held = self._lead if self._whole_runs else self._bytes
         self._reset()
-        return self._tokenizer.processor.decode(held) if held else ""
+        return self._tokenizer.spell(held) if held else ""
 
     def _next(self, id: int) -> Iterator[str]:
         if id in self._skipped:
@@ -65,12 +63,12 @@ class Detokenizer:
         certain = self._bytes[: len(self._bytes) - unfinished]
         self._bytes = self._bytes[len(certain) :]
         self._started = True
-        return self._tokenizer.processor.decode(certain)
+        return self._tokenizer.spell(certain)
 
     def _flush_bytes(self) -> str:
         if not self._bytes:
             return ""
-        text = self._tokenizer.processor.decode(self._bytes)
+        text = self._tokenizer.spell(self._bytes)
         self._bytes, self._started = [], True
         return text
 
@@ -79,49 +77,11 @@ class Detokenizer:
         processor = self._tokenizer.processor
         if not self._started:
             self._lead.append(id)
-            text = processor.decode(self._lead)
+            text = self._tokenizer.spell(self._lead)
             self._started = bool(text)
             return text
         if processor.is_control(id):
             return ""
         if processor.is_unknown(id):
-            return processor.decode([id])
+            return self._tokenizer.spell([id])
         return self._tokenizer.pieces[id].replace(SPACE, " ")
-
-
-def has_denormalizer(model: bytes) -> bool:
-    """Whether the serialised SentencePiece model rewrites decoded text: then a run is decoded
-    whole.
-    """
-    specs = [value for field, value in _fields(model) if field == DENORMALIZER]
-    return any(
-        field == CHARACTER_MAP and len(value) > 0
-        for spec in specs
-        for field, value in _fields(spec)
-    )
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """The length-delimited fields of a protobuf message; the others are passed over."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            _, at = _varint(message, at)
-        elif kind == 2:
-            size, at = _varint(message, at)
-            yield tag >> 3, message[at : at + size]
-            at += size
-        else:
-            at += {1: 8, 5: 4}[kind]
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at

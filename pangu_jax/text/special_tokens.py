@@ -43,7 +43,7 @@ class Declared:
     """The tokenizer files of a folder, checked.
 
     roles: bos_token, eos_token, ...; only those that exist
-    additional: `additional_special_tokens`; None when no file says anything about added tokens
+    additional: `additional_special_tokens`; None when the folder has none of the files
     added: tokens with ids of their own, by id
     """
 
@@ -60,40 +60,40 @@ def read(folder: Path) -> Declared:
 
     Raises ConfigError.
     """
-    where = f"{folder / CONFIG}"
     config = _object(folder / CONFIG)
-    decoder = config.get("added_tokens_decoder")
-    if decoder is None:
-        config = _with_map(config, _object(folder / MAP))
-        numbered = _limited(_object(folder / ADDED), f"{folder / ADDED}")
-        pairs = [(id, content) for content, id in numbered.items()]
-        added = _numbered(pairs, f"{folder / ADDED}")
+    sources = dict.fromkeys(config, folder / CONFIG)
+    if "added_tokens_decoder" in config:
+        added = _decoder(config["added_tokens_decoder"], f"{folder / CONFIG}: added_tokens_decoder")
     else:
-        if not isinstance(decoder, dict):
-            raise ConfigError(f"{where}: added_tokens_decoder must be an object")
-        added = _numbered([*_limited(decoder, where).items()], f"{where}: added_tokens_decoder")
+        legacy = _object(folder / MAP)
+        config = _with_map(config, legacy)
+        sources |= dict.fromkeys(legacy, folder / MAP)
+        added = _encoder(_object(folder / ADDED), str(folder / ADDED))
+    where = lambda name: f"{sources.get(name, folder / CONFIG)}: {name}"
     roles = {
-        role: _added(value, f"{where}: {role}")
+        role: _added(value, where(role))
         for role in ROLES
         if (value := config.get(role, DEFAULTS.get(role))) not in (None, "")
     }
     listed = config.get("additional_special_tokens")
-    if listed is None and (decoder is not None or added):
-        listed = []
     additional = None
-    if listed is not None:
-        if not isinstance(listed, list):
-            raise ConfigError(f"{where}: additional_special_tokens must be a list")
-        tokens = [_added(t, f"{where}: additional_special_tokens") for t in _limited(listed, where)]
-        additional = tuple({token.content: token for token in tokens}.values())
+    if sources or added:
+        additional = _distinct(listed or [], where("additional_special_tokens"))
     return Declared(
         roles,
         additional,
         added,
-        strict.coerce(bool, config.get("add_bos_token", True), f"{where}: add_bos_token"),
-        strict.coerce(bool, config.get("add_eos_token", False), f"{where}: add_eos_token"),
-        _chat_template(folder, config.get("chat_template")),
+        strict.coerce(bool, config.get("add_bos_token", True), where("add_bos_token")),
+        strict.coerce(bool, config.get("add_eos_token", False), where("add_eos_token")),
+        _chat_template(folder / TEMPLATE, config.get("chat_template"), where("chat_template")),
     )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is no such file. A link to nowhere is an
+    error: half a download.
+    """
+    return strict.read_json_object(path) if path.exists() or path.is_symlink() else {}
 
 
 def _with_map(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +105,28 @@ def _with_map(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _decoder(said: Any, where: str) -> dict[int, AddedToken]:
+    """`added_tokens_decoder`: an object for every id."""
+    table = strict.coerce(dict, said, where)
+    for id, value in table.items():
+        flags = strict.coerce(dict, value, f"{where}: {strict.shorten(id)}")
+        strict.coerce(bool, flags.get("special", False), f"{where}: {strict.shorten(id)}: special")
+    return _numbered([*table.items()], where)
+
+
+def _encoder(table: dict[str, Any], where: str) -> dict[int, AddedToken]:
+    """added_tokens.json: an id for every string."""
+    for content, id in table.items():
+        strict.coerce(int, id, f"{where}: {strict.shorten(content)}")
+    return _numbered([(id, content) for content, id in table.items()], where)
+
+
 def _numbered(pairs: list[tuple[Any, Any]], where: str) -> dict[int, AddedToken]:
     """Tokens by id. Raises ConfigError for a token or id that is there twice."""
     added: dict[int, AddedToken] = {}
     seen: set[str] = set()
-    for id, value in pairs:
-        number, token = _token_id(id, where), _added(value, f"{where} {strict.describe(id)}")
+    for id, value in _limited(pairs, where):
+        number, token = _token_id(id, where), _added(value, f"{where}: {strict.describe(id)}")
         if number in added or token.content in seen:
             raise ConfigError(f"{where}: {strict.shorten(token.content)} or its id is there twice")
         added[number] = token
@@ -118,12 +134,12 @@ def _numbered(pairs: list[tuple[Any, Any]], where: str) -> dict[int, AddedToken]
     return added
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file."""
-    return strict.read_json_object(path) if path.exists() else {}
+def _distinct(said: Any, where: str) -> tuple[AddedToken, ...]:
+    tokens = [_added(token, where) for token in _limited(strict.coerce(list, said, where), where)]
+    return tuple({token.content: token for token in tokens}.values())
 
 
-def _limited(items: Any, where: str) -> Any:
+def _limited(items: list, where: str) -> list:
     if len(items) > MAX_ADDED:
         raise ConfigError(f"{where}: {len(items)} added tokens are more than {MAX_ADDED}")
     return items
@@ -155,12 +171,15 @@ def _encodable(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _chat_template(folder: Path, said: Any) -> str | None:
+def _chat_template(file: Path, said: Any, where: str) -> str | None:
     """The template's text: a file of its own wins; of several named ones, the default."""
-    where = f"{folder / CONFIG}: chat_template"
-    if (folder / TEMPLATE).exists():
-        return strict.read_text(folder / TEMPLATE)
+    if file.exists() or file.is_symlink():
+        return strict.read_text(file)
     if isinstance(said, list):
-        entries = [entry for entry in said if isinstance(entry, dict)]
-        said = next((e.get("template") for e in entries if e.get("name") == "default"), None)
+        named = {}
+        for entry in said:
+            table = strict.coerce(dict, entry, where)
+            name = strict.coerce(str, table.get("name"), f"{where}: name")
+            named[name] = strict.coerce(str, table.get("template"), f"{where}: template")
+        said = named.get("default")
     return strict.coerce(str | None, said, where)

@@ -8,20 +8,25 @@ PanguTokenizer does under Transformers 4.53 (`legacy` slow tokenizers).
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import sentencepiece
 
 from pangu_jax import strict
+from pangu_jax.config import configs_folder
 from pangu_jax.errors import CheckpointError, ConfigError, InputError
 from pangu_jax.text import special_tokens
+from pangu_jax.text.sentencepiece_model import has_denormalizer
 from pangu_jax.text.special_tokens import PUBLISHED_SPECIALS, AddedToken, Declared
 
-__all__ = ["MODEL", "PUBLISHED_SPECIALS", "Tokenizer"]
+__all__ = ["MODEL", "PUBLISHED_SPECIALS", "Tokenizer", "write_preset"]
 
 MODEL = "tokenizer.model"
+
+T = TypeVar("T")
 
 # The published file has 2.5 MB.
 MAX_MODEL_BYTES = 64 * 2**20
@@ -109,11 +114,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text has a lone surrogate at character {error.start}") from None
         ids: list[int] = []
-        for run in self._split(text):
-            if isinstance(run, int):
-                ids.append(run)
-            elif run:
-                ids += self.processor.encode(run)
+        for part in self._split(text):
+            id = self._added_ids.get(part)
+            ids += [id] if id is not None else self._guarded(self.processor.encode, part)
         if add_special_tokens and self.add_bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if add_special_tokens and self.add_eos and self.eos_id is not None:
@@ -132,11 +135,15 @@ class Tokenizer:
             if skip_special_tokens and id in self.special_ids:
                 continue
             if id in self.separators:
-                text += [self.processor.decode(run), self.separators[id]]
+                text += [self.spell(run), self.separators[id]]
                 run = []
             elif 0 <= id < len(self.pieces):
                 run.append(id)
-        return "".join([*text, self.processor.decode(run)])
+        return "".join([*text, self.spell(run)])
+
+    def spell(self, run: list[int]) -> str:
+        """SentencePiece's text of a run of pieces."""
+        return self._guarded(self.processor.decode, run)
 
     @functools.cached_property
     def separators(self) -> dict[int, str]:
@@ -158,25 +165,44 @@ class Tokenizer:
         longest_first = sorted(self._added_ids, key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def _split(self, text: str) -> Sequence[str | int]:
-        """Runs of text and ids of added tokens by turns, as Transformers' slow tokenizers cut."""
+    @functools.cached_property
+    def rewrites_text(self) -> bool:
+        """Whether SentencePiece changes decoded text as a whole, so that it cannot be streamed."""
+        return has_denormalizer(self.processor.serialized_model_proto())
+
+    def _split(self, text: str) -> list[str]:
+        """Added tokens and what is between them, cut as Transformers' slow tokenizers do it."""
         if not self.added:
-            return [text]
-        parts: list[str | int] = [*self._splitter.split(text)]
-        for i in range(1, len(parts), 2):
-            id = self._added_ids[str(parts[i])]
-            style, left, right = self.added[id], str(parts[i - 1]), str(parts[i + 1])
-            if style.rstrip:
-                parts[i + 1] = right = right.lstrip()
-            if style.lstrip:
-                parts[i - 1] = left = left.rstrip()
+            return [text] if text else []
+        parts = [part for part in self._splitter.split(text) if part]
+        for i, part in enumerate(parts):
+            if part not in self._added_ids:
+                continue
+            style = self.added[self._added_ids[part]]
+            left = parts[i - 1] if i > 0 else ""
+            right = parts[i + 1] if i + 1 < len(parts) else ""
+            if style.rstrip and right:
+                parts[i + 1] = right.lstrip()
+            if style.lstrip and left:
+                parts[i - 1] = left.rstrip()
             if style.single_word and left and not left.endswith(" "):
-                parts[i - 1], parts[i] = left + style.content, ""
+                parts[i - 1], parts[i] = parts[i - 1] + part, ""
             elif style.single_word and right and not right.startswith(" "):
-                parts[i + 1], parts[i] = style.content + right, ""
-            else:
-                parts[i] = id
-        return parts
+                parts[i + 1], parts[i] = part + parts[i + 1], ""
+        return [part for part in parts if part]
+
+    def _guarded(self, action: Callable[[Any], T], value: Any) -> T:
+        try:
+            return action(value)
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{MODEL}: damaged: it makes text that is not UTF-8") from None
+
+
+def write_preset(name: str, folder: Path) -> None:
+    """Puts the tokenizer of configs/tokenizers/`name` into a model folder."""
+    home = configs_folder() / "tokenizers" / name
+    for file in (MODEL, special_tokens.CONFIG):
+        shutil.copyfile(home / file, folder / file)
 
 
 def _processor(path: Path) -> sentencepiece.SentencePieceProcessor:
