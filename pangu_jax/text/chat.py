@@ -2,25 +2,24 @@
 
 A message is a dict: "role" (system, user, assistant, tool or function) and "content", a string, a
 list of {"type": "text", "text": ...} or None. An assistant's may also have "thinking" (or
-"reasoning_content") and "tool_calls".
+"reasoning_content") and "tool_calls". Special tokens that a text spells out are special tokens, as
+with the published template: escape what comes from people you do not trust.
 
 The published template ships in two forms that differ in `<s>`: "hf" leaves BOS to the tokenizer,
 "vllm" writes it before every system turn. `encode` gives the same ids for both.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pangu_jax import strict
 from pangu_jax.errors import InputError
-from pangu_jax.text.markers import PUBLISHED, Markers
+from pangu_jax.text import messages as conversation
+from pangu_jax.text.markers import PUBLISHED, Markers, Think
+from pangu_jax.text.messages import Message, Plain
 from pangu_jax.text.tokenizer import Tokenizer
-
-Think = Literal["fast", "slow", "auto"]
-Message = Mapping[str, Any]
 
 BOS = "<s>"
 TITLES = {
@@ -30,14 +29,8 @@ TITLES = {
     "tool": "工具：",
     "function": "方法：",
 }
-SUFFIX = {"fast": " /no_think", "auto": " /auto_think"}
-META = {"fast": "META_PROMPT: system 1", "slow": "META_PROMPT: system 2"}
-
-# Own choice: how tools are defined is not on record, only how they are called.
-TOOLS = (
-    "你可以使用以下工具，每行一个。需要时以 JSON 列表调用："
-    '[{"name": "工具名", "arguments": {"参数名": "值"}}]'
-)
+SUFFIX: Mapping[Think, str] = {"fast": " /no_think", "auto": " /auto_think"}
+META: Mapping[Think, str] = {"fast": "META_PROMPT: system 1", "slow": "META_PROMPT: system 2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +46,15 @@ class FolderTemplate:
         """The tokenizer's own template, if its folder has one."""
         if tokenizer.chat_template is None:
             return None
-        spell = lambda id: tokenizer.token(id) if id is not None else ""
-        return cls(tokenizer.chat_template, spell(tokenizer.bos_id), spell(tokenizer.eos_id))
+        bos, eos = (
+            "" if id is None else tokenizer.token(id) for id in (tokenizer.bos_id, tokenizer.eos_id)
+        )
+        return cls(tokenizer.chat_template, bos, eos)
+
+    def knows(self, name: str) -> bool:
+        """Whether the template speaks of a variable or field of that name."""
+        code = re.sub(r"\{#.*?#\}", "", self.source, flags=re.DOTALL)
+        return re.search(rf"\b{name}\b", code) is not None
 
 
 Template = Literal["hf", "vllm"] | FolderTemplate
@@ -73,28 +73,32 @@ def render(
     """The prompt text of a conversation.
 
     think: how to answer the last user message: "fast" appends ` /no_think`, "auto" ` /auto_think`;
-        "slow" and None leave it as it is (slow is what the published 7B and 72B do by default)
+        "slow" and None leave it as it is (slow is what the published 7B and 72B do by default). A
+        switch that the message has already wins
     tools: definitions, as JSON schemas or OpenAI's {"type": "function", "function": ...}
     meta_prompt: switch by the paper's `META_PROMPT: system 1` (fast) and `2` (slow), on a line
         before the user's text (own choice), instead of the released suffixes
     Raises InputError for what is not a conversation, CheckpointError when a folder's template
     fails.
     """
-    plain = [_Plain.of(message, i, markers) for i, message in enumerate(messages)]
+    plain = conversation.read(messages)
+    lines = conversation.definitions(tools)
     if think is not None:
         _switch(plain, check_think(think), meta_prompt)
     if isinstance(template, FolderTemplate):
-        return _render_folder(plain, template, add_generation_prompt, tools)
+        if lines and not template.knows("tools"):
+            conversation.define(plain, lines)
+        return _render_folder(plain, template, add_generation_prompt, tools, markers)
     if template not in ("hf", "vllm"):
         raise InputError(f"unknown template {strict.describe(template)}; use hf or vllm")
-    if tools:
-        _define(plain, tools)
+    if lines:
+        conversation.define(plain, lines)
     if plain and plain[0].role != "system":
-        plain.insert(0, _Plain("system", ""))
+        plain.insert(0, Plain("system", ""))
     bos = BOS if template == "vllm" else ""
     text = [
         f"{bos if m.role == 'system' else ''}{markers.turn_start}{TITLES[m.role]}"
-        f"{m.whole}{markers.turn_end}"
+        f"{m.text(markers)}{markers.turn_end}"
         for m in plain
         if m.role in TITLES
     ]
@@ -116,13 +120,16 @@ def encode(
 ) -> list[int]:
     """The prompt's token ids, with exactly one BOS: the first id, whatever the template writes.
 
+    Every other BOS is dropped, one that a message spells out, too.
+
     template: None is the folder's own, or "hf" where it has none
     Arguments and errors otherwise as for `render`.
     """
-    template = template or FolderTemplate.of(tokenizer) or "hf"
+    if template is None:
+        template = FolderTemplate.of(tokenizer) or "hf"
     text = render(
         messages,
-        template,
+        "hf" if template == "vllm" else template,
         add_generation_prompt,
         think,
         tools,
@@ -138,134 +145,73 @@ def thinking_mode(messages: Sequence[Message]) -> Think | None:
     """How the conversation itself asks for its last user message to be answered, None if it does
     not say: by a suffix of that message, or by a META_PROMPT line in it or in the system message.
     """
-    plain = [_Plain.of(message, i, PUBLISHED) for i, message in enumerate(messages)]
+    plain = conversation.read(messages)
     users = [m.content for m in plain if m.role == "user"]
-    last = users[-1] if users else ""
-    for mode, suffix in SUFFIX.items():
-        if last.rstrip().endswith(suffix.strip()):
-            return check_think(mode)
-    for text in [last, *(m.content for m in plain[:1] if m.role == "system")]:
-        for mode, line in META.items():
-            if re.search(rf"^{re.escape(line)}\b", text, re.MULTILINE):
-                return check_think(mode)
-    return None
+    if users and (mode := _said(users[-1])):
+        return mode
+    return _said_meta(plain[0].content) if plain and plain[0].role == "system" else None
 
 
 def check_think(think: str) -> Think:
     """The thinking mode of that name. Raises InputError."""
-    if think not in ("fast", "slow", "auto"):
-        raise InputError(f"unknown thinking mode {strict.describe(think)}; use fast, slow or auto")
-    return think
+    for mode in get_args(Think):
+        if think == mode:
+            return mode
+    raise InputError(f"unknown thinking mode {strict.describe(think)}; use fast, slow or auto")
 
 
-@dataclasses.dataclass
-class _Plain:
-    """A message as text; `calls` is what follows the content in it."""
-
-    role: str
-    content: str
-    calls: str = ""
-    raw: Message = dataclasses.field(default_factory=dict)
-
-    @property
-    def whole(self) -> str:
-        return self.content + self.calls
-
-    @classmethod
-    def of(cls, message: Message, index: int, markers: Markers) -> "_Plain":
-        where = f"message {index + 1}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where} must be an object with a role and a content")
-        content = _text(message.get("content"), where)
-        thinking = message.get("thinking", message.get("reasoning_content"))
-        if thinking is not None and message["role"] == "assistant":
-            thinking = _text(thinking, f"{where}: thinking")
-            content = f"{markers.think_start}{thinking}{markers.think_end}{content}"
-        calls = message.get("tool_calls") or []
-        written = ""
-        if calls and message["role"] == "assistant":
-            payload = json.dumps(_calls(calls, where), ensure_ascii=False)
-            written = f"{markers.tool_start}{payload}{markers.tool_end}"
-        return cls(message["role"], content, written, message)
+def _said(text: str) -> Think | None:
+    """The mode that a user's text asks for."""
+    for mode, suffix in SUFFIX.items():
+        if text.rstrip().endswith(suffix.strip()):
+            return mode
+    return _said_meta(text)
 
 
-def _text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list | tuple):
-        parts = [part for part in content if isinstance(part, Mapping)]
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(map(str, texts))
-    raise InputError(f"{where}: content must be text (these models read nothing else)")
+def _said_meta(text: str) -> Think | None:
+    for mode, line in META.items():
+        if re.search(rf"^{re.escape(line)}\b", text, re.MULTILINE):
+            return mode
+    return None
 
 
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls as the models write them: a list of names and arguments."""
-    if not isinstance(calls, list | tuple):
-        raise InputError(f"{where}: tool_calls must be a list")
-    found = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InputError(f"{where}: a tool call needs a function with a name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI's form
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                name = strict.shorten(function["name"])
-                raise InputError(f"{where}: the arguments of {name} are not JSON") from None
-        found.append({"name": function["name"], "arguments": arguments})
-    return found
-
-
-def _switch(plain: list[_Plain], think: Think, meta_prompt: bool) -> None:
+def _switch(plain: list[Plain], think: Think, meta_prompt: bool) -> None:
     """Marks the last user message with the thinking mode."""
-    users = [message for message in plain if message.role == "user"]
-    if not users:
-        return
-    last = users[-1]
-    if meta_prompt:
-        last.content = f"{META[think]}\n{last.content}" if think in META else last.content
-    elif (suffix := SUFFIX.get(think, "")) and not last.content.endswith(suffix):
-        last.content += suffix
-
-
-def _define(plain: list[_Plain], tools: Sequence[Mapping[str, Any]]) -> None:
-    """Puts the definitions at the end of the system message."""
-    lines = [TOOLS]
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InputError("a tool needs a function with a name")
-        lines.append(json.dumps(function, ensure_ascii=False))
-    if not plain or plain[0].role != "system":
-        plain.insert(0, _Plain("system", ""))
-    plain[0].content += ("\n\n" if plain[0].content else "") + "\n".join(lines)
+    if meta_prompt and think not in META:
+        raise InputError("the paper's META_PROMPT has no form for auto; use fast or slow")
+    for message in reversed(plain):
+        if message.role == "user":
+            if _said(message.content) is None:
+                before = f"{META[think]}\n" if meta_prompt else ""
+                after = "" if meta_prompt else SUFFIX.get(think, "")
+                message.content = f"{before}{message.content}{after}"
+            return
 
 
 def _render_folder(
-    plain: list[_Plain],
+    plain: list[Plain],
     template: FolderTemplate,
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
+    markers: Markers,
 ) -> str:
     """A folder's own template; what it does not know of goes into the contents."""
     from pangu_jax.text import jinja
 
-    if tools and "tools" not in template.source:
-        _define(plain, tools)
-    knows_calls = "tool_calls" in template.source
-    messages = [
-        {**m.raw, "role": m.role, "content": m.content if knows_calls else m.whole} for m in plain
-    ]
+    thoughts, calls = template.knows("reasoning_content"), template.knows("tool_calls")
+    said = []
+    for m in plain:
+        content = m.text(markers, thinking=not thoughts, calls=not calls)
+        message: dict[str, Any] = {**m.names, "role": m.role, "content": content}
+        if thoughts and m.thinking is not None:
+            message["reasoning_content"] = m.thinking
+        if calls and m.calls:
+            message["tool_calls"] = [{"type": "function", "function": c} for c in m.calls]
+        said.append(message)
     return jinja.render(
         template.source,
         {
-            "messages": messages,
+            "messages": said,
             "tools": [*tools] if tools else None,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": template.bos,

@@ -1,8 +1,12 @@
 """The strings that structure what a model reads and writes."""
 
 import dataclasses
+from typing import Literal
 
 from pangu_jax.text.tokenizer import Tokenizer
+
+# How a message is to be answered: at once, after thinking, or as the model sees fit.
+Think = Literal["fast", "slow", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,7 @@ TOOL = ("<|tool_call_start|>", "<|tool_call_end|>")
 
 def of(tokenizer: Tokenizer) -> Markers:
     """A tokenizer's markers: the named ones where its vocabulary has both, as omni-infer's parsers
-    choose, else the published ones.
+    choose, else the published ones. Turns are always marked as published.
     """
     has = lambda pair: all(tokenizer.id(text) is not None for text in pair)
     think = THINK if has(THINK) else (PUBLISHED.think_start, PUBLISHED.think_end)

@@ -7,12 +7,12 @@ works on text, special tokens spelt out, and gives the same message however the 
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pangu_jax.text.chat import Think
-from pangu_jax.text.markers import PUBLISHED, Markers
+from pangu_jax.text.markers import PUBLISHED, Markers, Think
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Reply:
         first tool call or the end of the turn; both without white space around
     tool_calls: every call of every block
     broken: tool blocks that are not calls, as they were written
-    truncated: the thinking never ended, so there is no answer
+    truncated: the thinking never ended, so there is no answer; while text still comes, that it goes
+        on
     """
 
     thinking: str = ""
@@ -53,7 +54,7 @@ class Text:
 @dataclasses.dataclass(frozen=True)
 class Restart:
     """What was given of a part so far was not it: a marker came twice, or late. An answer that
-    begins anew takes the tool calls before it back, too.
+    begins anew takes the tool calls and broken blocks before it back, too.
     """
 
     part: Literal["thinking", "answer"]
@@ -92,7 +93,9 @@ class Parser:
         self._parts = {"thinking": _Stripped(), "answer": _Stripped()}
         self._state: Literal["open", "thinking", "answer", "tool", "between", "done"] = "open"
         self._cut = False
-        self._payload = ""
+        self._payload: list[str] = []
+        # All that came since the last start marker, as long as an end marker may make it a thought.
+        self._before: list[str] | None = []
         self._second: _Stripped | None = None  # an answer after one more end marker
         self._calls: list[ToolCall] = []
         self._broken: list[str] = []
@@ -131,6 +134,11 @@ class Parser:
         m = self._markers
         if self._state == "done":
             return
+        if is_marker and text == m.think_start:
+            if self._before is not None:
+                self._before = []
+        elif self._before is not None and not (is_marker and text == m.think_end):
+            self._before.append(text)
         if not is_marker:
             yield from self._text(text)
         elif text == m.turn_end:
@@ -143,7 +151,9 @@ class Parser:
         elif text == m.tool_start and self._opens_tool():
             if self._second is not None:
                 yield from self._restart("answer")
-            self._state, self._payload = "tool", ""
+            if self._state == "tool" and "".join(self._payload).strip():
+                yield from self._close_tool()
+            self._state, self._payload = "tool", []
         elif text == m.tool_end and self._state in ("tool", "between"):
             if self._state == "tool":
                 yield from self._close_tool()
@@ -153,12 +163,12 @@ class Parser:
     def _opens_tool(self) -> bool:
         """A call may follow the answer or stand alone; within the thinking it is only a thought."""
         if self._state == "open" and self._unmarked == "thinking":
-            return not self._parts["thinking"].text
+            return not self._parts["thinking"]
         return self._state != "thinking"
 
     def _text(self, text: str) -> Iterator[Event]:
         if self._state == "tool":
-            self._payload += text
+            self._payload.append(text)
         elif self._second is not None:
             if more := self._second.add(text):
                 second = self._second
@@ -172,13 +182,14 @@ class Parser:
                 yield Text(part, more)
 
     def _end_thinking(self) -> Iterator[Event]:
-        if self._state == "open" and self._unmarked == "answer":
-            # It was thinking all along; only its start marker is missing.
-            thought = self._parts["answer"].text
-            yield from self._restart("answer")
-            if more := self._parts["thinking"].add(thought):
-                yield Text("thinking", more)
-        elif self._state not in ("open", "thinking"):
+        if self._before is not None:
+            if not self.thinking:
+                # It was thinking all along; only its start marker is missing.
+                yield from self._restart("answer")
+                if more := self._parts["thinking"].add("".join(self._before)):
+                    yield Text("thinking", more)
+            self._before = None
+        else:
             # The answer begins anew, unless nothing comes: then the marker was just said twice.
             if self._state == "tool":
                 yield from self._close_tool()
@@ -186,7 +197,7 @@ class Parser:
         self._state = "answer"
 
     def _restart(self, part: Literal["thinking", "answer"]) -> Iterator[Event]:
-        if self._parts[part].text or (part == "answer" and (self._calls or self._broken)):
+        if self._parts[part] or (part == "answer" and (self._calls or self._broken)):
             yield Restart(part)
         self._parts[part] = _Stripped()
         if part == "answer":
@@ -194,9 +205,10 @@ class Parser:
 
     def _close_tool(self) -> Iterator[Event]:
         self._state = "between"
-        calls = read_calls(self._payload)
+        payload = "".join(self._payload)
+        calls = read_calls(payload)
         if calls is None:
-            self._broken.append(self._payload)
+            self._broken.append(payload)
         else:
             self._calls += calls
             yield from calls
@@ -213,13 +225,17 @@ def read_calls(payload: str) -> list[ToolCall] | None:
     A block is a JSON list of {"name", "arguments"} (or "parameters"), or one such object, or, in
     old releases, `name|{json}`.
     """
-    try:
-        value = json.loads(payload, parse_constant=_refuse)
-        items = value if isinstance(value, list) else [value]
-        calls = [_call(item) for item in items]
-    except (ValueError, RecursionError):
-        calls = [_old_call(payload)]
-    return [call for call in calls if call] if calls and all(calls) else None
+    value = _read_json(payload)
+    if value is None:
+        old = _old_call(payload)
+        return [old] if old else None
+    calls = []
+    for item in value if isinstance(value, list) else [value]:
+        call = _call(item)
+        if call is None:
+            return None
+        calls.append(call)
+    return calls or None
 
 
 def _call(item: Any) -> ToolCall | None:
@@ -227,21 +243,35 @@ def _call(item: Any) -> ToolCall | None:
         return None
     arguments = item.get("arguments", item.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments, parse_constant=_refuse)
+        arguments = _read_json(arguments)
     return ToolCall(item["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def _old_call(payload: str) -> ToolCall | None:
-    name, bar, arguments = payload.partition("|")
+    name, _, arguments = payload.partition("|")
+    value = _read_json(arguments)
+    if not re.fullmatch(r"[\w.-]+", name.strip()) or not isinstance(value, dict):
+        return None
+    return ToolCall(name.strip(), value)
+
+
+def _read_json(text: str) -> Any:
+    """The value of JSON text that can be written as JSON again; None for any other text."""
     try:
-        value = json.loads(arguments, parse_constant=_refuse) if bar else None
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
-    return ToolCall(name.strip(), value) if name.strip() and isinstance(value, dict) else None
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 class _Stripped:
@@ -249,26 +279,31 @@ class _Stripped:
 
     def __init__(self) -> None:
         self._committed: list[str] = []
-        self._held = ""
+        self._held: list[str] = []
 
     @property
     def text(self) -> str:
         return "".join(self._committed)
 
+    def __bool__(self) -> bool:
+        return bool(self._committed)
+
     def add(self, more: str) -> str:
         """What is certain to belong to the stripped text now."""
-        whole = self._held + more
         if not self._committed:
-            whole = whole.lstrip()
-        certain = whole.rstrip()
-        self._held = whole[len(certain) :]
+            more = more.lstrip()
+        certain = more.rstrip()
         if certain:
+            self._held.append(certain)
+            certain, self._held = "".join(self._held), []
             self._committed.append(certain)
+        if space := more[len(more.rstrip()) :]:
+            self._held.append(space)
         return certain
 
 
 class _Scanner:
-    """Cuts a stream of text into markers and what is between them."""
+    """Cuts a stream of text into markers, none of which begins another, and what is between."""
 
     def __init__(self, markers: list[str]) -> None:
         self._markers = markers
