@@ -1,77 +1,91 @@
-"""The `generate` command: a folder and a prompt in, tokens out."""
+"""The `generate` command: a folder and a prompt in, tokens and text out."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
 
-import jax
+import numpy as np
 
-import pangu_jax
-from infer import generation, progress
+from infer import batch, generation, loading, output, progress
 from infer.commands import Generate
 from infer.output import Completion
-from infer.sampling import Sampling
-from pangu_jax import strict
 from pangu_jax.checkpoint import hf
-from pangu_jax.errors import CheckpointError, ConfigError, InputError
+from pangu_jax.config import ModelConfig
+from pangu_jax.errors import InputError
+from pangu_jax.text import chat, markers, parse
+from pangu_jax.text.tokenizer import Tokenizer
 
 
 def run(command: Generate) -> int:
-    """Prints the completion: ids on stdout (or one JSON object), everything else on stderr."""
-    config, _ = hf.read_config(Path(command.model))
-    sampling = settings(command, hf.generation_defaults(Path(command.model)))
-    generation.check_prompt(config, command.prompt_ids)
+    """Prints the completions (or one JSON object) on stdout, everything else on stderr."""
+    _check_choice(command)
+    folder = Path(command.model)
+    config, _ = hf.read_config(folder)
+    tokenizer = loading.tokenizer(folder, config)
+    sampling = loading.settings(command, folder)
+    if command.input is not None:
+        return batch.run(command, config, tokenizer, sampling)
+    ids = _prompt(command, config, tokenizer)
+    model, loaded = loading.model(command)
     start = time.perf_counter()
-    with progress.reading() as advance:
-        model = pangu_jax.load(
-            command.model, command.dtype, command.layout, command.form, progress=advance
-        )
-        jax.block_until_ready(model)
-    loaded = time.perf_counter()
     with progress.generating(sampling.max_new_tokens) as advance:
-        completions = generation.generate(model, [command.prompt_ids], sampling, progress=advance)
-    done = time.perf_counter()
+        completions = generation.generate(
+            model, [ids], sampling, tokenizer=tokenizer, progress=advance
+        )
+    seconds = time.perf_counter() - start
+    think = command.think if command.chat else None
     if command.json:
-        print(json.dumps({"completions": [as_json(completion) for completion in completions]}))
+        found = [output.as_json(each, tokenizer, command.chat, think) for each in completions]
+        print(json.dumps({"completions": found}, ensure_ascii=False))
     else:
-        print(",".join(map(str, completions[0].token_ids)))
-    tokens = len(completions[0].token_ids)
+        for each in completions:
+            _show(each, command, tokenizer)
+    tokens = sum(len(each.token_ids) for each in completions)
+    reasons = ", ".join(dict.fromkeys(each.finish_reason for each in completions))
     progress.say(
-        f"loaded in {loaded - start:.1f} s; {tokens} tokens in {done - loaded:.1f} s, compilation "
-        f"included; finished: {completions[0].finish_reason}"
+        f"loaded in {loaded:.1f} s; {tokens} tokens in {seconds:.1f} s, compilation included; "
+        f"finished: {reasons}"
     )
     return 0
 
 
-def as_json(completion: Completion) -> dict[str, Any]:
-    """A completion in the command line's JSON; text is null while ids go in and out."""
-    return {
-        "token_ids": completion.token_ids,
-        "text": None,
-        "logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
-    }
+def _check_choice(command: Generate) -> None:
+    names = ("prompt", "prompt_ids", "input")
+    given = [name for name in names if getattr(command, name) is not None]
+    if len(given) != 1:
+        raise InputError("give one of --prompt, --prompt-ids and --input")
+    if (command.output is None) != (command.input is None):
+        raise InputError("--input and --output go together")
+    if command.batch < 1:
+        raise InputError("--batch must be at least 1")
+    if command.prompt_ids is not None and command.chat:
+        raise InputError("--chat needs --prompt")
+    if command.prompt is not None and not command.chat and (command.system or command.think):
+        raise InputError("--system and --think need --chat")
 
 
-def settings(command: Generate, defaults: dict[str, Any]) -> Sampling:
-    """The command's Sampling; fields that are not given come from generation_config.json."""
-    kinds = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float}
-    try:
-        known = {name: kind for name, kind in kinds.items() if defaults.get(name) is not None}
-        chosen: dict[str, Any] = {
-            name: strict.coerce(kind, defaults[name], name) for name, kind in known.items()
-        }
-        if strict.coerce(bool, defaults.get("do_sample") or False, "do_sample"):
-            chosen.setdefault("temperature", 1.0)
-        else:
-            chosen["temperature"] = 0.0
-        Sampling(**chosen)
-    except (ConfigError, InputError) as error:
-        raise CheckpointError(f"{Path(command.model) / hf.GENERATION}: {error}") from None
-    given = {field.name for field in dataclasses.fields(Sampling)}
-    for name in given:
-        if (value := getattr(command, name)) is not None:
-            chosen[name] = value
-    return Sampling(**chosen)
+def _prompt(command: Generate, config: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray:
+    if command.prompt_ids is not None:
+        return generation.check_prompt(config, command.prompt_ids)
+    if tokenizer is None:
+        raise InputError(f"{command.model}: no tokenizer.model there; use --prompt-ids")
+    text = command.prompt or ""
+    if not command.chat:
+        return generation.check_prompt(config, tokenizer.encode(text))
+    messages = [{"role": "system", "content": command.system}] if command.system else []
+    messages.append({"role": "user", "content": text})
+    ids = chat.encode(tokenizer, messages, think=command.think, markers=markers.of(tokenizer))
+    return generation.check_prompt(config, ids)
+
+
+def _show(completion: Completion, command: Generate, tokenizer: Tokenizer | None) -> None:
+    """A completion for a person: ids for ids, text for text, a chat's answer alone."""
+    if command.prompt_ids is not None or tokenizer is None:
+        print(",".join(map(str, completion.token_ids)))
+    elif command.chat:
+        reply = parse.parse(completion.text or "", command.think, markers.of(tokenizer))
+        if reply.truncated:
+            progress.say("the thinking did not end; raise --max-new-tokens, or try --think fast")
+        print(reply.answer)
+    else:
+        print(completion.text)

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 import pangu_jax
-from infer import generation, progress
+from infer import generation, loading, progress
 from infer.commands import Check
 from infer.sampling import Sampling
 from pangu_jax.checkpoint import hf, names
 from pangu_jax.checkpoint.folder import Folder
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import PanguError
+from pangu_jax.text.tokenizer import Tokenizer
 
 GREEDY_TOKENS = 8
 
@@ -50,6 +51,9 @@ def inspect(folder: Path, skip_run: bool = False) -> Iterator[Finding]:
     try:
         config, raw = hf.read_config(folder)
         yield Finding(True, stage, describe(config, raw.get("model_type", "?")))
+        stage = "tokenizer"
+        if (tokenizer := loading.tokenizer(folder, config)) is not None:
+            yield Finding(True, stage, _describe_tokenizer(tokenizer, config))
         stage = "tensors"
         tensors = Folder(folder)
         parts = hf.check_tensors(config, tensors)
@@ -82,6 +86,16 @@ def describe(config: ModelConfig, model_type: str) -> str:
         f"{model_type}: {config.num_layers} layers, width {config.hidden_size}, "
         f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}, {mlp}, "
         f"vocabulary {config.vocab_size}, {config.dtype}"
+    )
+
+
+def _describe_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> str:
+    spell = lambda id: f"{tokenizer.token(id)} ({id})" if id is not None else "none"
+    ends = ", ".join(spell(id) for id in config.eos_token_ids) or "none"
+    template = "its own" if tokenizer.chat_template else "none of its own"
+    return (
+        f"{tokenizer.vocab_size} tokens, BOS {spell(tokenizer.bos_id)}, ends {ends}; "
+        f"chat template: {template}"
     )
 
 

@@ -68,6 +68,8 @@ def _add_flags(parser: argparse.ArgumentParser, command: type) -> None:
         if kind is bool:
             options["action"] = "store_true"
         else:
+            if kind == tuple[str, ...]:
+                options["action"], kind = _Append, str
             options["type"] = _reader(kind)
             options["metavar"] = field.metadata["metavar"] or _metavar(kind)
             options["required"] = required
@@ -76,6 +78,14 @@ def _add_flags(parser: argparse.ArgumentParser, command: type) -> None:
         if not required:
             options["default"] = field.default
         parser.add_argument(_spell(field.name), **options)
+
+
+class _Append(argparse.Action):
+    """A flag that may be given again: its values are a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        before = getattr(namespace, self.dest) or ()
+        setattr(namespace, self.dest, (*before, values))
 
 
 def _refuse_unknown_flags(command: type, argv: Sequence[str], prog: str) -> None:
@@ -114,6 +124,8 @@ def _without_none(kind: Any) -> Any:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is Mapping:
+        return "N:X,N:X,..."
     return {int: "N", float: "X", str: "TEXT"}.get(kind, "N,N,...")
 
 
@@ -130,6 +142,9 @@ def _reader(kind: Any) -> Any:
                 return word
             if typing.get_origin(kind) is tuple:
                 return tuple(int(item) for item in word.split(",") if item.strip())
+            if typing.get_origin(kind) is Mapping:
+                pairs = (item.split(":") for item in word.split(","))
+                return {int(key): float(value) for key, value in pairs}
             return kind(word)
         except ValueError:
             wanted = _metavar(kind)

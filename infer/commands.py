@@ -4,34 +4,83 @@ No JAX here: this is read before the command line is understood.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from infer.cli import flag
 from pangu_jax.config import DType
 
 FormName = Literal["separate", "stacked"]
+Think = Literal["fast", "slow", "auto"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
-    """Generate from a checkpoint folder.
-
-    Settings that are not given come from the folder's generation_config.json.
-    """
+class ModelFlags:
+    """Which model, and how it is held."""
 
     model: str = flag("Hugging Face model folder", metavar="DIR")
-    prompt_ids: tuple[int, ...] = flag("the prompt as token ids, such as 1,5,9", metavar="N,N,...")
-    max_new_tokens: int | None = flag("the most tokens to generate (else 128)", None)
-    temperature: float | None = flag("0 is greedy", None)
-    top_k: int | None = flag("sample among the k likeliest tokens; 0 is off", None)
-    top_p: float | None = flag("sample among the likeliest tokens reaching this probability", None)
-    seed: int | None = flag("makes sampling repeatable", None)
-    stop_token_ids: tuple[int, ...] = flag("also stop at these ids", ())
-    ignore_eos: bool = flag("do not stop at the model's end tokens", False)
     dtype: DType | None = flag("dtype of weights and activations (else the folder's)", None)
     layout: str | None = flag("a layout's name or TOML file", None, metavar="NAME")
     form: FormName | None = flag("layer form (else by platform)", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are chosen, and where answers end: the fields of `infer.Sampling`.
+
+    None is "not given": the folder's generation_config.json decides, then the field's default.
+    """
+
+    max_new_tokens: int | None = flag("the most tokens to generate", None)
+    temperature: float | None = flag("0 is greedy", None)
+    top_k: int | None = flag("sample among the k likeliest tokens; 0 is off", None)
+    top_p: float | None = flag("sample among the likeliest tokens reaching this probability", None)
+    min_p: float | None = flag("sample among tokens this fraction as likely as the likeliest", None)
+    repetition_penalty: float | None = flag("above 1: fewer tokens that were there before", None)
+    presence_penalty: float | None = flag("above 0: fewer tokens of the answer so far", None)
+    frequency_penalty: float | None = flag("the same, for every time they are there", None)
+    logit_bias: Mapping[int, float] | None = flag("added to logits, such as 15:-100,7:2.5", None)
+    seed: int | None = flag("makes sampling repeatable", None)
+    stop_token_ids: tuple[int, ...] | None = flag("also stop at these ids", None)
+    stop: tuple[str, ...] | None = flag("also stop at this text; may be given again", None)
+    ignore_eos: bool = flag("do not stop at the model's end tokens", False)
+    thinking_budget: int | None = flag("the most tokens of thinking before it is closed", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(SamplingFlags, ModelFlags):
+    """Generate from a checkpoint folder: one prompt, or a file of them.
+
+    Give --prompt, --prompt-ids or --input. A line of --input is a JSON object with "prompt",
+    "prompt_ids" or "messages" (then also "tools" and "think"), and maybe "sampling"; its line of
+    --output has the same fields and "completions". The same command again goes on where it stopped.
+    Settings that are not given come from the folder's generation_config.json.
+    """
+
+    prompt: str | None = flag("the prompt as text", None)
+    prompt_ids: tuple[int, ...] | None = flag("the prompt as token ids, such as 1,5,9", None)
+    input: str | None = flag("JSON lines with prompts", None, metavar="FILE")
+    output: str | None = flag("JSON lines with their completions", None, metavar="FILE")
+    batch: int = flag("prompts of --input at a time", 16)
+    chat: bool = flag("--prompt is a user's message: use the chat template", False)
+    system: str | None = flag("system message of a chat", None)
+    think: Think | None = flag("how a chat's message is to be answered", None)
+    n: int | None = flag("completions of every prompt", None)
+    top_logprobs: int | None = flag("report so many likeliest tokens of every position", None)
     json: bool = flag("print one JSON object on stdout", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(SamplingFlags, ModelFlags):
+    """Talk to a model in the terminal.
+
+    Ctrl-C stops an answer, a second one leaves. When piped, every line of stdin is a message and
+    only answers go to stdout. Settings that are not given come from the folder's
+    generation_config.json; an answer may be as long as the model's positions allow.
+    """
+
+    system: str | None = flag("system message", None)
+    think: Think | None = flag("fast, slow, or what the model thinks best; see /think", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +121,16 @@ class Bench:
     json: bool = flag("print one JSON object on stdout", False)
 
 
-COMMANDS = {"generate": Generate, "check": Check, "bench": Bench, "demo": Demo}
+COMMANDS = {
+    "chat": Chat,
+    "generate": Generate,
+    "check": Check,
+    "bench": Bench,
+    "demo": Demo,
+}
 HANDLERS = {
     "Bench": "infer.bench:run",
+    "Chat": "infer.chat:run",
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",
     "Demo": "infer.demo:run",

@@ -17,6 +17,7 @@ from infer.commands import Demo
 from infer.progress import say
 from infer.sampling import Sampling
 from pangu_jax.errors import InputError
+from pangu_jax.text.tokenizer import write_preset
 
 MODELS = {"nano": "dense, as openPangu-Embedded", "nano-moge": "MoGE, as Pangu Pro MoE"}
 PROMPT, BATCH, NEW = 64, 8, 128
@@ -36,8 +37,8 @@ def run(command: Demo) -> int:
         if not _one_model(name, folder):
             return 1
     say(
-        f"\nThe weights are random, so the tokens mean nothing. Try one yourself:\n"
-        f"  {_program()} generate --model {Path(command.output) / 'nano'} --prompt-ids 1,2,3"
+        f"\nThe weights are random, so the words mean nothing. Talk to one all the same:\n"
+        f"  {_program()} chat --model {Path(command.output) / 'nano'}"
     )
     return 0
 
@@ -52,6 +53,7 @@ def _one_model(name: str, folder: Path) -> bool:
     config = dataclasses.replace(pangu_jax.preset(name), init_range=0.1)
     model = pangu_jax.init(config, jax.random.key(0))
     _timed("wrote", lambda: pangu_jax.save_hf(model, folder), f"{folder}")
+    write_preset("nano", folder)
     (folder / MARK).write_text(
         "Random weights written by pangu-infer demo, which may replace them.\n"
     )

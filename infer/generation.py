@@ -72,9 +72,11 @@ def stream(
     sampling: Sampling | None = None,
     *,
     tokenizer: Tokenizer,
+    told: Progress = lambda tokens: None,
 ) -> Iterator[str | Completion]:
-    """The text of one completion as it becomes certain; its Completion comes last.
+    """The text of one completion as it becomes certain, "" when nothing is; its Completion last.
 
+    told: called with the number of tokens so far, before their text comes
     Errors as for `generate`; `sampling.n` must be 1.
     """
     if sampling is not None and sampling.n != 1:
@@ -85,8 +87,8 @@ def stream(
         start = time.perf_counter()
         before = decoding.steps
         (text,) = decoding.step(steps)
-        if text:
-            yield text
+        told(decoding.steps)
+        yield text
         each = (time.perf_counter() - start) / max(decoding.steps - before, 1)
         steps = min(max(int(STREAM_SECONDS / each), 1), CHUNK)
     yield decoding.rows[0].completion
@@ -178,6 +180,17 @@ def check_prompt(config: ModelConfig, prompt: Any) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def check_sampling(sampling: Sampling, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises InputError for settings that this model or its tokenizer cannot honour."""
+    if sampling.needs_tokenizer and tokenizer is None:
+        raise InputError(f"{sampling.needs_tokenizer} needs a tokenizer")
+    for id in sampling.logit_bias:
+        if not 0 <= id < config.vocab_size:
+            raise InputError(
+                f"logit_bias: token id {id} is outside the vocabulary of {config.vocab_size}"
+            )
+
+
 def bucket(size: int, smallest: int = 1) -> int:
     """The padded size: the next power of two, so that few shapes are ever compiled."""
     return max(smallest, 1 << (size - 1).bit_length())
@@ -197,13 +210,7 @@ def _settings(
     if len(settings) != prompts:
         raise InputError(f"{len(settings)} samplings for {prompts} prompts")
     for each in settings:
-        if each.needs_tokenizer and tokenizer is None:
-            raise InputError(f"{each.needs_tokenizer} needs a tokenizer")
-        for id in each.logit_bias:
-            if not 0 <= id < config.vocab_size:
-                raise InputError(
-                    f"logit_bias: token id {id} is outside the vocabulary of {config.vocab_size}"
-                )
+        check_sampling(each, config, tokenizer)
     return settings
 
 

@@ -1,12 +1,14 @@
 """What a request gets back, put together on the host as tokens arrive."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from infer.sampling import Sampling
+from pangu_jax.text import markers, parse
 from pangu_jax.text.detokenizer import Detokenizer
+from pangu_jax.text.markers import Think
 from pangu_jax.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -106,6 +108,27 @@ class Row:
             self._text.text if self._detokenizer else None,
             self._top if self._sampling.top_logprobs else None,
         )
+
+
+def as_json(
+    completion: Completion,
+    tokenizer: Tokenizer | None,
+    chat: bool = False,
+    think: Think | None = None,
+) -> dict[str, Any]:
+    """A completion as JSON; of a chat also its parts. Text is null without a tokenizer."""
+    found: dict[str, Any] = {
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.top_logprobs is not None:
+        found["top_logprobs"] = completion.top_logprobs
+    if chat and tokenizer is not None:
+        reply = parse.parse(completion.text or "", think, markers.of(tokenizer))
+        found |= dataclasses.asdict(reply)
+    return found
 
 
 class StopText:

@@ -1,6 +1,7 @@
 """What a person sees while something takes long: bars on stderr, if that is a terminal."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -37,6 +38,22 @@ def generating(most: int) -> Iterator[Callable[[int], None]]:
     """A bar of tokens; call the result with the number generated so far."""
     with _bar("compiling, then generating", MofNCompleteColumn(), most) as (bar, task):
         yield lambda done: bar.update(task, completed=done, description="generating")
+
+
+@contextlib.contextmanager
+def answering(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar of prompts; call the result with the tokens of each prompt that is answered."""
+    tokens, start = 0, time.perf_counter()
+    with _bar("answering", MofNCompleteColumn(), total) as (bar, task):
+        bar.update(task, completed=done)
+
+        def advance(more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            rate = tokens / (time.perf_counter() - start)
+            bar.update(task, advance=1, description=f"answering, {rate:,.0f} tokens/s")
+
+        yield advance
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from infer import __main__ as door
-from infer import answer, cli, commands
+from infer import cli, commands, loading
 from infer.cli import flag
 from pangu_jax.errors import CheckpointError, InputError
 from tests import folders
@@ -64,9 +64,19 @@ def test_plain_output_is_ids_on_stdout_and_the_rest_on_stderr(capsys) -> None:
     ("argv", "complaint"),
     [
         (["generate", "--modle", "x"], "unknown option '--modle'; did you mean --model?"),
-        (["generate", "--model=x", "--prompt", "hi"], "did you mean --prompt-ids?"),
+        (["generate", "--model=x", "--promt", "hi"], "did you mean --prompt?"),
         (["genrate"], "unknown command 'genrate'; did you mean generate?"),
-        (["generate", "--model", "x"], "arguments are required: --prompt-ids"),
+        (["generate", "--prompt", "x"], "arguments are required: --model"),
+        (["generate", "--model", "x"], "give one of --prompt, --prompt-ids and --input"),
+        (["generate", "--model=x", "--prompt=a", "--prompt-ids=1"], "give one of --prompt,"),
+        (["generate", "--model=x", "--input=a"], "--input and --output go together"),
+        (["generate", "--model=x", "--prompt=a", "--think=fast"], "--think need --chat"),
+        (["chat", "--model", "x", "--think", "hard"], "'hard' is not one of fast, slow, auto"),
+        (
+            ["generate", "--model", str(ORACLE / "dense-tiny"), "--prompt", "hi"],
+            "no tokenizer.model there; use --prompt-ids",
+        ),
+        (["chat", "--model", str(ORACLE / "dense-tiny")], "no tokenizer.model there"),
         (["generate", "--model", "x", "--prompt-ids", "1,b"], "'1,b' is not N,N,..."),
         (["generate", "--model", "x", "--prompt-ids", "1", "--top-k", "1.5"], "'1.5' is not N"),
         (
@@ -152,7 +162,7 @@ def test_every_command_has_a_handler() -> None:
 def settings(tmp_path: Path, defaults: dict, **given: object):
     (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     command = commands.Generate(model=str(tmp_path), prompt_ids=(1,), **given)
-    return answer.settings(command, defaults)
+    return loading.settings(command, tmp_path)
 
 
 def test_settings_default_to_the_folders(tmp_path: Path) -> None:
@@ -173,7 +183,7 @@ def test_without_do_sample_it_is_greedy_unless_asked(tmp_path: Path) -> None:
 def test_hostile_defaults_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p must be a number"):
         settings(tmp_path, {"top_p": "high"})
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p must be above 0"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p must be 0 or more"):
         settings(tmp_path, {"top_p": -3.0})
     with pytest.raises(CheckpointError, match="do_sample must be true or false"):
         settings(tmp_path, {"do_sample": "false"})

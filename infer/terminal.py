@@ -1,0 +1,256 @@
+"""What a chat looks like: in a terminal, and in a pipe."""
+
+import contextlib
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text as Styled
+
+from infer.conversation import Answer, Forgotten
+from pangu_jax.text.parse import Event, Restart, Text, ToolCall
+
+SPINNER_LINES = 6  # of thinking that are shown while it goes on
+CONTINUED = "\\"
+
+
+class Pipe:
+    """Answers on stdout and nothing else; every line of stdin is a message."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def read(self) -> str | None:
+        """The next message; None at the end. A backslash at a line's end continues it."""
+        lines: list[str] = []
+        for line in sys.stdin:
+            line = line.rstrip("\n")
+            lines.append(line.removesuffix(CONTINUED))
+            if not line.endswith(CONTINUED):
+                break
+        return "\n".join(lines) if lines else None
+
+    def welcome(self, lines: list[str]) -> None:
+        """Nothing: nobody is there."""
+
+    def tell(self, line: str) -> None:
+        """A remark, on stderr."""
+        print(line, file=sys.stderr)
+
+    def begin(self) -> None:
+        """An answer begins."""
+        self._given = False
+
+    def show(self, event: Event | Forgotten) -> None:
+        """The answer's text as it comes."""
+        if isinstance(event, Text) and event.part == "answer":
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+            self._given = True
+        elif isinstance(event, Restart) and event.part == "answer" and self._given:
+            sys.stdout.write("\n")
+        elif isinstance(event, Forgotten):
+            self.tell(f"the oldest {event.messages} messages no longer fit and are forgotten")
+
+    def end(self, answer: Answer) -> None:
+        """The answer is over."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if answer.reply.truncated and not answer.stopped:
+            self.tell("the thinking did not end; try --think fast or --thinking-budget")
+
+    def abandon(self) -> None:
+        """The answer broke off."""
+        if self._given:
+            sys.stdout.write("\n")
+
+    def farewell(self) -> None:
+        """Nothing."""
+
+
+class Screen:
+    """A terminal: thinking is dimmed, and folded into one line when it is done."""
+
+    def __init__(self, history: Path | None) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._session = _session(history)
+        self._live: Live | None = None
+        self._thinking = ""
+        self._since = 0.0
+        self._given = False
+
+    def read(self) -> str | None:
+        """What the user typed; None when they leave."""
+        try:
+            return self._session.prompt([("class:mark", "› ")])
+        except EOFError:
+            return None
+
+    def welcome(self, lines: list[str]) -> None:
+        """The first lines."""
+        self._console.print(lines[0], style="bold", markup=False)
+        for line in lines[1:]:
+            self.tell(line)
+        self._console.print()
+
+    def tell(self, line: str) -> None:
+        """A remark."""
+        self._console.print(printable(line), style="dim", markup=False)
+
+    def begin(self) -> None:
+        """An answer begins: a spinner until there is something to read."""
+        self._thinking, self._given = "", False
+        self._live = Live(
+            self._waiting(), console=self._console, transient=True, refresh_per_second=12
+        )
+        self._live.start()
+
+    def show(self, event: Event | Forgotten) -> None:
+        """More of the answer."""
+        if isinstance(event, Text) and event.part == "thinking":
+            if not self._thinking:
+                self._since = time.perf_counter()
+            self._thinking += printable(event.text)
+            if self._live:
+                self._live.update(self._waiting())
+        elif isinstance(event, Text):
+            self._stop_waiting()
+            self._console.print(printable(event.text), end="", markup=False)
+            self._given = True
+        elif isinstance(event, ToolCall):
+            self._stop_waiting()
+            self._newline()
+            self.tell(f"call {event.name}({event.arguments})")
+        elif isinstance(event, Forgotten):
+            self._stop_waiting()
+            self.tell(f"(the oldest {event.messages} messages no longer fit and are forgotten)")
+            self.begin()
+        elif event.part == "thinking":
+            self._thinking = ""
+        elif self._given:
+            self._newline()
+            self.tell("(that was not the answer yet)")
+
+    def end(self, answer: Answer) -> None:
+        """The answer is over: what it took."""
+        self._stop_waiting()
+        self._newline()
+        reply = answer.reply
+        if answer.stopped:
+            self.tell("(stopped)")
+        elif reply.truncated:
+            self.tell("(the thinking did not end; try /think fast or --thinking-budget)")
+        elif answer.finish_reason == "length":
+            self.tell("(cut off: no room for more)")
+        for block in reply.broken:
+            self.tell(f"(a tool call that cannot be read: {block})")
+        self.tell(f"{answer.tokens} tokens, {answer.rate:.1f} tokens/s")
+        self._console.print()
+
+    def abandon(self) -> None:
+        """The answer broke off."""
+        self._stop_waiting()
+        self._newline()
+
+    def farewell(self) -> None:
+        """The last line."""
+        self.tell("bye")
+
+    def _waiting(self) -> Table:
+        """A spinner, and the last lines of the thinking."""
+        grid = Table.grid(padding=(0, 1))
+        if not self._thinking:
+            grid.add_row(Spinner("dots", style="dim"), Styled("", style="dim"))
+            return grid
+        width = max(self._console.width - 4, 10)
+        styled = Styled(self._thinking, style="dim")
+        lines = styled.wrap(self._console, width)[-SPINNER_LINES:]
+        grid.add_row(Spinner("dots", style="dim"), Styled("thinking", style="dim italic"))
+        for line in lines:
+            grid.add_row("", line)
+        return grid
+
+    def _stop_waiting(self) -> None:
+        """Folds the thinking away, once."""
+        if self._live is None:
+            return
+        self._live.stop()
+        self._live = None
+        if self._thinking:
+            seconds = time.perf_counter() - self._since
+            self.tell(f"▸ thought for {seconds:.1f} s; /thought shows it")
+
+    def _newline(self) -> None:
+        if self._given:
+            self._console.print()
+            self._given = False
+
+
+def printable(text: str) -> str:
+    """Text that cannot command the terminal: control characters become U+FFFD."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+@contextlib.contextmanager
+def interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C calls `stop` and the second raises KeyboardInterrupt."""
+    count = 0
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _session(history: Path | None):
+    """A line editor: Enter sends, Alt-Enter or a backslash at the end makes a new line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.styles import Style
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith(CONTINUED):
+            buffer.delete_before_cursor(1)
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _(event) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=EOFError)
+
+    return PromptSession(
+        history=FileHistory(str(history)) if history else InMemoryHistory(),
+        multiline=True,
+        key_bindings=keys,
+        prompt_continuation="  ",
+        style=Style.from_dict({"mark": "bold ansigreen"}),
+    )
