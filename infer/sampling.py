@@ -1,12 +1,12 @@
 """What a request asks of its tokens: length, randomness, penalties, where to stop."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from pangu_jax import strict
 from pangu_jax.errors import InputError
 
 # Below this a float32 cumulative sum cannot tell it from nothing.
@@ -22,7 +22,7 @@ class Sampling:
     Raises InputError for values that make no sense.
 
     max_new_tokens: the most tokens to generate
-    temperature: 0 is greedy
+    temperature: 0 is greedy; what is smaller than 0.0001 counts as that
     top_k: sample among the k likeliest tokens; 0 or -1 is off
     top_p: sample among the likeliest tokens that together reach this probability
     min_p: sample among tokens at least this fraction as likely as the likeliest; 0 is off
@@ -133,14 +133,15 @@ def _check_integer(name: str, value: Any, optional: bool = False) -> None:
     """Integers must fit the device's 32 bits."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or abs(value) >= 2**31:
-        raise InputError(f"{name} must be an integer below 2**31, not {value!r}")
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or abs(int(value)) >= 2**31:
+        raise InputError(f"{name} must be an integer below 2**31, not {strict.describe(value)}")
 
 
 def _check_number(name: str, value: Any, negative: bool = False) -> None:
-    """Finite in float32."""
+    """Numbers must be finite in float32."""
     number = isinstance(value, int | float | np.integer | np.floating)
     if isinstance(value, bool) or not number or not abs(value) < 1e38:
-        raise InputError(f"{name} must be a number, not {value!r}")
-    if math.isnan(value) or (value < 0 and not negative):
+        raise InputError(f"{name} must be a finite number, not {strict.describe(value)}")
+    if value < 0 and not negative:
         raise InputError(f"{name} must be 0 or more, not {value}")

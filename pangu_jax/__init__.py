@@ -4,6 +4,8 @@
     logits = model(tokens)                      # [B, T] int32 -> [B, T, V] float32
     pangu_jax.trace(model, tokens)              # every layer's hidden states and routing
     pangu_jax.save_hf(model, "other-folder")
+    pangu_jax.Tokenizer.load("folder")          # text to ids and back
+    pangu_jax.text.chat.render(messages)        # the chat template
 
 Letters in shapes, everywhere in the project:
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pangu_jax.config import ModelConfig, MoGEConfig, preset
     from pangu_jax.errors import CheckpointError, ConfigError, InputError, PanguError
     from pangu_jax.model import Pangu
+    from pangu_jax.text.tokenizer import Tokenizer
     from pangu_jax.tracing import Trace, trace
 
 __version__ = "0.1.0"
@@ -38,6 +41,7 @@ _HOMES = {
     "InputError": "pangu_jax.errors",
     "PanguError": "pangu_jax.errors",
     "Pangu": "pangu_jax.model",
+    "Tokenizer": "pangu_jax.text.tokenizer",
     "abstract": "pangu_jax.build",
     "convert": "pangu_jax.build",
     "init": "pangu_jax.build",
@@ -48,6 +52,8 @@ __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll
 
 
 def __getattr__(name: str) -> Any:
+    if name == "text":
+        return importlib.import_module("pangu_jax.text")
     if name not in _HOMES:
         raise AttributeError(f"module 'pangu_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -199,7 +199,11 @@ NOUNS = {
 
 def describe(value: Any) -> str:
     """A short printable form of an untrusted value for an error line."""
-    return shorten(json.dumps(value, default=lambda other: type(other).__name__), quote=False)
+    try:
+        text = json.dumps(value, default=lambda other: type(other).__name__)
+    except (TypeError, ValueError, RecursionError):  # odd keys, thousands of digits, cycles
+        text = type(value).__name__
+    return shorten(text, quote=False)
 
 
 def shorten(text: str, quote: bool = True, limit: int = 80) -> str:
