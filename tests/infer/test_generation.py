@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from infer import decode, generation
 from infer.sampling import Sampling
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
+from tests.infer.test_sampling import log_softmax, processed, shaped
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 GREEDY = Sampling(max_new_tokens=32, ignore_eos=True)
@@ -126,6 +128,135 @@ def test_sampling_is_repeatable_and_independent_of_the_batch(tiny: Pangu) -> Non
     unseeded = dataclasses.replace(settings, seed=None)
     a, b = infer.generate(tiny, [[1, 5, 9], [1, 5, 9]], unseeded)
     assert a.token_ids != b.token_ids
+
+
+PENALISED = Sampling(
+    max_new_tokens=20,
+    repetition_penalty=1.4,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    logit_bias={7: 1.5, 9: 2.0, 498: -2.5},
+    top_logprobs=5,
+    ignore_eos=True,
+)
+HOT = dataclasses.replace(PENALISED, temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, seed=11)
+
+
+def full_pass(model: Pangu, tokens: list[int]) -> np.ndarray:
+    """The logits after the last token, of a pass of one padded length that keeps nothing."""
+    padded = np.array([tokens + [0] * (32 - len(tokens))])
+    return np.asarray(model(padded, np.arange(32)[None] < len(tokens)))[0, len(tokens) - 1]
+
+
+@pytest.mark.parametrize("asked", [PENALISED, HOT], ids=["greedy", "sampled"])
+def test_every_setting_against_full_passes(tiny: Pangu, asked: Sampling) -> None:
+    """A naive loop over the processed distribution: greedy choices, and all numbers."""
+    prompts = [[1, 5, 9, 9], [8, 7]]
+    for prompt, got in zip(prompts, infer.generate(tiny, prompts, asked), strict=True):
+        assert got.top_logprobs is not None
+        answer: list[int] = []
+        for token, logprob, top in zip(got.token_ids, got.logprobs, got.top_logprobs, strict=True):
+            z = shaped(full_pass(tiny, prompt + answer), asked, prompt, answer)
+            wanted, _ = processed(z, asked)
+            if asked.temperature == 0:
+                assert token == z.argmax()
+                np.testing.assert_allclose(wanted, log_softmax(z))
+            np.testing.assert_allclose(logprob, wanted[token], atol=1e-3)
+            assert len(top) == min(5, np.isfinite(wanted).sum())
+            np.testing.assert_allclose([*top.values()], wanted[list(top)], atol=1e-3)
+            np.testing.assert_allclose(
+                [*top.values()], np.sort(wanted)[::-1][: len(top)], atol=1e-3
+            )
+            answer.append(token)
+        assert len(answer) == 20
+
+
+def same(got: infer.Completion, wanted: infer.Completion) -> None:
+    """The same tokens; their numbers but for the rounding of other shapes."""
+    assert got.token_ids == wanted.token_ids
+    np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-4)
+    assert got.finish_reason == wanted.finish_reason
+
+
+def test_several_settings_in_one_batch(tiny: Pangu) -> None:
+    """Each row is as alone: whatever the others ask for, their order, number and padding."""
+    plain = Sampling(max_new_tokens=20, temperature=1.0, seed=7, ignore_eos=True)
+    three = dataclasses.replace(plain, seed=3, n=3, top_p=0.8, max_new_tokens=33)
+    prompts = [[1, 5, 9], [8], [3, 3, 3, 3]]
+    asked = [plain, three, HOT]
+    a, b0, b1, b2, c = infer.generate(tiny, prompts, asked)
+    assert len({tuple(each.token_ids) for each in (b0, b1, b2)}) == 3
+    c2, x0, x1, x2, a2 = infer.generate(tiny, prompts[::-1], asked[::-1])
+    for got, wanted in zip((a2, x0, x1, x2, c2), (a, b0, b1, b2, c), strict=True):
+        same(got, wanted)
+    assert a.top_logprobs is None
+    assert c.top_logprobs is not None
+    assert c2.top_logprobs is not None
+    for prompt, alone, wanted in (
+        (prompts[0], plain, a),
+        (prompts[1], dataclasses.replace(three, n=1), b0),
+        (prompts[2], HOT, c),
+    ):
+        same(infer.generate(tiny, [prompt], alone)[0], wanted)
+    wide = infer.generate(tiny, [[2] * 20, prompts[0]], plain)[1]
+    same(wide, a)
+    for got, wanted in zip(infer.generate(tiny, [prompts[1]], three), (b0, b1, b2), strict=True):
+        same(got, wanted)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 31, 100])
+def test_dispatches_of_any_size(tiny: Pangu, steps: int) -> None:
+    """Also of more than a CHUNK: no token is lost."""
+    asked = dataclasses.replace(HOT, max_new_tokens=70, top_logprobs=0)
+    (whole,) = infer.generate(tiny, [[1, 5, 9]], asked)
+    batch = generation.Decoding(tiny, [[1, 5, 9]], asked)
+    while batch.alive:
+        batch.step(steps)
+    same(batch.rows[0].completion, whole)
+
+
+def test_chunks_of_another_size(tiny: Pangu, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dataclasses.replace(HOT, max_new_tokens=40)
+    (whole,) = infer.generate(tiny, [[1, 5, 9]], asked)
+    for module in (decode, generation):
+        monkeypatch.setattr(module, "CHUNK", 6)
+    decode.decode.clear_cache()
+    same(infer.generate(tiny, [[1, 5, 9]], asked)[0], whole)
+    decode.decode.clear_cache()
+
+
+def test_unseeded_prompts_and_completions_all_differ(tiny: Pangu) -> None:
+    asked = Sampling(max_new_tokens=20, temperature=1.0, n=2, ignore_eos=True)
+    got = infer.generate(tiny, [[1, 5, 9]] * 2, asked) + infer.generate(tiny, [[1, 5, 9]], asked)
+    assert len({tuple(each.token_ids) for each in got}) == 6
+
+
+def test_settings_are_data(tiny: Pangu) -> None:
+    """Penalties and biases add one program, top-logprobs another; their values none."""
+    decode.decode.clear_cache()
+
+    def programs(**changes: Any) -> int:
+        base = Sampling(max_new_tokens=10, seed=1, ignore_eos=True)
+        infer.generate(tiny, [[1, 5, 9]], dataclasses.replace(base, **changes))
+        return decode.decode._cache_size()
+
+    one = programs()
+    assert programs(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, seed=None) == one
+    assert programs(stop_token_ids=(3, 4, 5), ignore_eos=False) == one
+    assert programs(presence_penalty=1.0) == 2 * one
+    assert programs(logit_bias={3: 1.0, 4: 2.0}, temperature=0.3) == 2 * one
+    assert programs(repetition_penalty=1.3, frequency_penalty=-1.0) == 2 * one
+    assert programs(top_logprobs=4) == 3 * one
+    assert programs(top_logprobs=3) == 3 * one
+    assert programs(presence_penalty=1.0, top_logprobs=4) == 4 * one
+
+
+def test_samplings_must_fit_prompts_and_model(tiny: Pangu) -> None:
+    with pytest.raises(InputError, match="1 samplings for 2 prompts"):
+        infer.generate(tiny, [[1], [2]], [GREEDY])
+    for id in (512, -1):
+        with pytest.raises(InputError, match=f"logit_bias: token id {id} is outside"):
+            infer.generate(tiny, [[1]], Sampling(logit_bias={id: 1.0}))
 
 
 def test_few_programs_are_compiled(tiny: Pangu) -> None:
