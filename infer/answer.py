@@ -1,6 +1,7 @@
 """The `generate` command: a folder and a prompt in, tokens and text out."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def run(command: Generate) -> int:
     sampling = loading.settings(command, folder)
     if command.input is not None:
         return batch.run(command, config, tokenizer, sampling)
+    generation.check_sampling(sampling, config, tokenizer)
     ids = _prompt(command, config, tokenizer)
     model, loaded = loading.model(command)
     start = time.perf_counter()
@@ -60,8 +62,10 @@ def _check_choice(command: Generate) -> None:
         raise InputError("--batch must be at least 1")
     if command.prompt_ids is not None and command.chat:
         raise InputError("--chat needs --prompt")
-    if command.prompt is not None and not command.chat and (command.system or command.think):
+    if command.input is None and not command.chat and (command.system or command.think):
         raise InputError("--system and --think need --chat")
+    if command.input is not None and command.json:
+        raise InputError("--json is for one prompt; --output has JSON anyway")
 
 
 def _prompt(command: Generate, config: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray:
@@ -86,6 +90,6 @@ def _show(completion: Completion, command: Generate, tokenizer: Tokenizer | None
         reply = parse.parse(completion.text or "", command.think, markers.of(tokenizer))
         if reply.truncated:
             progress.say("the thinking did not end; raise --max-new-tokens, or try --think fast")
-        print(reply.answer)
+        print(progress.safe(reply.answer, sys.stdout))
     else:
-        print(completion.text)
+        print(progress.safe(completion.text or "", sys.stdout))

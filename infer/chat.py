@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from infer import loading, terminal
+from infer import generation, loading, terminal
 from infer.commands import Chat
 from infer.conversation import Answer, Conversation
 from infer.terminal import Pipe, Screen
@@ -16,13 +16,13 @@ from pangu_jax.errors import InputError, PanguError
 from pangu_jax.text.chat import check_think
 
 HELP = """\
-/think fast|slow|auto   how to answer from now on; /think alone tells
+/think fast|slow|auto   how to answer from now on; /think default asks for nothing, /think tells
 /system TEXT            set the system message; /system - removes it, /system alone tells
 /thought                show the last answer's thinking
 /reset                  forget the conversation
 /quit                   leave (so do Ctrl-D and Ctrl-C)
 Enter sends; Alt-Enter, or a backslash before Enter, starts a new line.
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer. A space before / makes it a message like any other."""
 COMMANDS = ("/think", "/system", "/thought", "/reset", "/help", "/quit", "/exit")
 
 
@@ -33,7 +33,10 @@ def run(command: Chat) -> int:
     tokenizer = loading.tokenizer(folder, config)
     if tokenizer is None:
         raise InputError(f"{folder}: no tokenizer.model there; a chat needs one")
+    if sys.stdin is None or sys.stdout is None:
+        raise InputError("a chat needs stdin and stdout; one of them is closed")
     sampling = loading.settings(command, folder, max_new_tokens=config.max_positions)
+    generation.check_sampling(sampling, config, tokenizer)
     seen = sys.stdin.isatty() and sys.stdout.isatty()
     model, seconds = loading.model(command)
     conversation = Conversation(model, tokenizer, sampling, command.think, command.system)
@@ -79,7 +82,7 @@ def _answer(text: str, conversation: Conversation, view: Screen | Pipe) -> Answe
                     view.end(event)
                     return event
                 view.show(event)
-    except PanguError:
+    except BaseException:
         view.abandon()
         raise
     raise AssertionError("an answer always ends")
@@ -87,8 +90,7 @@ def _answer(text: str, conversation: Conversation, view: Screen | Pipe) -> Answe
 
 def _obey(text: str, conversation: Conversation, last: Answer | None) -> str:
     """What a /command has to say. Raises InputError."""
-    name, _, rest = text.partition(" ")
-    rest = rest.strip()
+    name, rest = [*text.split(maxsplit=1), ""][:2]
     if name == "/help":
         return HELP
     if name == "/reset":
@@ -99,8 +101,8 @@ def _obey(text: str, conversation: Conversation, last: Answer | None) -> str:
         return thought or "(no thinking to show)"
     if name == "/think":
         if rest:
-            conversation.think = check_think(rest)
-        return f"(thinking: {conversation.think or 'as the model likes'})"
+            conversation.think = None if rest == "default" else check_think(rest)
+        return f"(thinking: {conversation.think or 'the model decides, nothing is asked for'})"
     if name == "/system":
         if rest:
             conversation.system = None if rest == "-" else rest
@@ -116,6 +118,7 @@ def _history() -> Path | None:
         file = Path.home() / ".local" / "state" / "pangu_jax" / "chat_history"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
+        file.chmod(0o600)
     except (OSError, RuntimeError):
         return None
     return file if os.access(file, os.W_OK) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from infer import generation
 from infer.output import Completion
@@ -55,7 +56,7 @@ class Conversation:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.think: Think | None = think
         self.system = system
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self._markers = markers.of(tokenizer)
         self._stopped = False
 
@@ -70,16 +71,20 @@ class Conversation:
     def ask(self, text: str) -> Iterator[Event | Forgotten | Answer]:
         """The events of the answer to a user's message, then its Answer.
 
-        The exchange is remembered when the answer is whole or was stopped; of the thinking only
+        The exchange is remembered if there is an answer, whole or stopped; of the thinking only
         that there was one (own choice: the next answer shall not rest on old drafts).
+
+        Raises InputError when the message alone is too long; then nothing is forgotten.
         """
         self._stopped = False
         message = {"role": "user", "content": text}
         dropped, prompt = self._prompt(message)
+        generation.check_prompt(self.model.config, prompt)
         if dropped:
             self.messages = self.messages[dropped:]
             yield Forgotten(dropped)
-        parser = Parser(chat.thinking_mode([message]) or self.think, self._markers)
+        asked = chat.thinking_mode([*self._system(), message])
+        parser = Parser(asked or self.think, self._markers)
         clock = _Clock()
         completion: Completion | None = None
         for piece in generation.stream(
@@ -102,23 +107,27 @@ class Conversation:
             completion.finish_reason if completion else "stopped",
         )
 
-    def _prompt(self, message: dict[str, str]) -> tuple[int, list[int]]:
+    def _prompt(self, message: dict[str, Any]) -> tuple[int, list[int]]:
         """How many of the oldest messages must go, and the prompt without them."""
         most = self.model.config.max_positions
         room = min(ROOM, most // 4)
-        system = [{"role": "system", "content": self.system}] if self.system else []
         dropped = 0
         while True:
-            said = [*system, *self.messages[dropped:], message]
+            said = [*self._system(), *self.messages[dropped:], message]
             ids = chat.encode(self.tokenizer, said, think=self.think, markers=self._markers)
             if len(ids) + room <= most or dropped == len(self.messages):
                 return dropped, ids
             dropped += 2  # a question and its answer
 
+    def _system(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
     def _remember(self, text: str, reply: Reply) -> None:
-        if not reply.answer:
+        if not (reply.answer or reply.tool_calls):
             return
-        answer = {"role": "assistant", "content": reply.answer}
+        answer: dict[str, Any] = {"role": "assistant", "content": reply.answer}
+        if reply.tool_calls:
+            answer["tool_calls"] = [dataclasses.asdict(call) for call in reply.tool_calls]
         if reply.thinking:
             answer["thinking"] = ""
         self.messages += [{"role": "user", "content": text}, answer]

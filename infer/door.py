@@ -50,5 +50,5 @@ def enter(
 
 def complain(message: str) -> int:
     """One `error:` line, and the exit code of bad input."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer import decode, thinking
-from infer.decode import CHUNK, Request, State
+from infer.decode import Request, State
 from infer.output import Completion, FinishReason, Row
 from infer.sampler import Choice, Controls, Shaping
 from infer.sampling import Sampling
@@ -84,13 +84,12 @@ def stream(
     decoding = Decoding(model, [prompt], sampling, tokenizer)
     steps = 1
     while decoding.alive:
-        start = time.perf_counter()
-        before = decoding.steps
+        start, before = time.perf_counter(), decoding.steps
         (text,) = decoding.step(steps)
+        each = (time.perf_counter() - start) / max(decoding.steps - before, 1)
+        steps = max(int(STREAM_SECONDS / each), 1)
         told(decoding.steps)
         yield text
-        each = (time.perf_counter() - start) / max(decoding.steps - before, 1)
-        steps = min(max(int(STREAM_SECONDS / each), 1), CHUNK)
     yield decoding.rows[0].completion
 
 
@@ -116,7 +115,9 @@ class Decoding:
         """Tokens that the longest row has so far."""
         self._model = model
         self._tokens, self._mask = _pad(prompts)
-        self._top = max(each.top_logprobs for each in settings)
+        # In powers of two: every number is a program of its own.
+        most = max(each.top_logprobs for each in settings)
+        self._top = bucket(most) if most else 0
         self._request = _request(model.config, prompts, settings, ends, tokenizer)
         self._state: State | None = None
 
@@ -125,16 +126,21 @@ class Decoding:
         """Whether any row goes on."""
         return any(row.finish_reason is None for row in self.rows)
 
-    def step(self, steps: int = CHUNK) -> list[str]:
-        """Up to `steps` more tokens of every row (the first call: one), and their texts."""
+    def step(self, steps: int | None = None) -> list[str]:
+        """Up to `steps` more tokens of every row, CHUNK at most (the first call: one), and their
+        texts.
+        """
+        if not self.alive:
+            return [""] * len(self.rows)
         if self._state is None:
             state, choice = decode.prefill(
                 self._model, self._tokens, self._mask, self._request, self._top
             )
         else:
             state = _make_room(self._state)
+            most = min(steps or decode.CHUNK, decode.CHUNK)
             state, choice = decode.decode(
-                self._model, state, self._request, jnp.asarray(steps, jnp.int32), self._top
+                self._model, state, self._request, jnp.asarray(most, jnp.int32), self._top
             )
         return self._collect(state, choice)
 
@@ -152,7 +158,9 @@ class Decoding:
                 text += row.end()
             elif row.finish_reason is not None:  # a stop string: the device does not know
                 left[i] = 0
-                state = dataclasses.replace(state, left=jnp.asarray(left))
+                # Placed as it was: another placement would be another program.
+                placed = jax.device_put(left, state.left.sharding)
+                state = dataclasses.replace(state, left=placed)
             texts.append(text)
         self.steps = max(row.num_tokens for row in self.rows)
         self._state = state
@@ -184,6 +192,8 @@ def check_sampling(sampling: Sampling, config: ModelConfig, tokenizer: Tokenizer
     """Raises InputError for settings that this model or its tokenizer cannot honour."""
     if sampling.needs_tokenizer and tokenizer is None:
         raise InputError(f"{sampling.needs_tokenizer} needs a tokenizer")
+    if sampling.thinking_budget is not None and tokenizer is not None:
+        thinking.marker_ids(tokenizer, config.vocab_size)
     for id in sampling.logit_bias:
         if not 0 <= id < config.vocab_size:
             raise InputError(
@@ -270,7 +280,7 @@ def _request(
 
 def _keys(settings: list[Sampling], blank: int) -> jax.Array:
     """A key for every row: of the request's seed, and which of its n completions it is."""
-    fresh = lambda seed: secrets.randbits(31) if seed is None else seed % 2**31
+    fresh = lambda seed: secrets.randbits(31) if seed is None else int(seed) % 2**31
     pairs = [(seed, j) for each in settings for seed in [fresh(each.seed)] for j in range(each.n)]
     seeds, which = np.array(pairs + [(0, 0)] * blank, np.int32).T
     return jax.vmap(lambda s, j: jax.random.fold_in(jax.random.key(s), j))(
@@ -306,7 +316,7 @@ def _make_room(state: State) -> State:
     """Slots for the next chunk at least; a cache that must grow also gets room AHEAD."""
     left = np.asarray(state.left)
     length, left = np.asarray(state.cache.length)[left > 0], left[left > 0]
-    if (length + np.minimum(left, CHUNK)).max() <= state.cache.capacity:
+    if (length + np.minimum(left, decode.CHUNK)).max() <= state.cache.capacity:
         return state
     slots = bucket(int((length + np.minimum(left, AHEAD)).max()))
     return dataclasses.replace(state, cache=decode.grow(state.cache, slots))

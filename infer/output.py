@@ -132,7 +132,9 @@ def as_json(
 
 
 class StopText:
-    """Text up to the first stop string: `add` returns what can no longer be part of one."""
+    """Text up to the stop string that ends first (the longest of those): `add` returns what can no
+    longer be part of one.
+    """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -150,10 +152,10 @@ class StopText:
         if self.found:
             return ""
         self._held += more
-        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if places:
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
             self.found = True
-            return self._give(min(places), keep=False)
+            return self._give(min(found)[1], keep=False)
         return self._give(len(self._held) - self._unsure())
 
     def finish(self) -> str:

@@ -1,8 +1,11 @@
 """What a person sees while something takes long: bars on stderr, if that is a terminal."""
 
 import contextlib
+import io
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -16,14 +19,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 Advance = Callable[[int, int], None]
 
 
+def printable(text: str) -> str:
+    """Text that cannot command a terminal: control characters become U+FFFD."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+def safe(text: str, stream: io.TextIOBase | TextIO) -> str:
+    """Text as it may be written to the stream: as it is, or printable on a terminal."""
+    return printable(text) if stream.isatty() else text
+
+
 def say(line: str) -> None:
     """One line on stderr."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -148,6 +148,8 @@ def process(logits: Float[Array, "B V"], controls: Controls) -> Float[Array, "B 
         lambda: nothing,
     )
     kept = (keys > jnp.maximum(top_k, top_p)[:, None]) & (weights >= controls.min_p[:, None])
+    # The likeliest stays whatever is asked for: its weight may be rounded to less than 1.
+    kept = kept | (keys == jnp.max(keys, axis=-1, keepdims=True))
     unlimited = (controls.temperature == 0)[:, None]
     return jnp.where(unlimited | kept, scaled, -jnp.inf)
 

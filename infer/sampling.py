@@ -14,6 +14,10 @@ SMALLEST_TOP_P = 1e-30
 MAX_TOP_LOGPROBS = 100
 MAX_N = 1024
 
+# Far more than has any effect, and far from where float32 would overflow.
+MAX_SHIFT = 1e6
+MAX_FACTOR = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -66,7 +70,9 @@ class Sampling:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             _check_number(name, getattr(self, name))
         for name in ("presence_penalty", "frequency_penalty"):
-            _check_number(name, getattr(self, name), negative=True)
+            _check_shift(name, getattr(self, name))
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError("ignore_eos must be true or false")
         self._check_stops()
         self._check_bias()
         for name, most in (("n", MAX_N), ("max_new_tokens", 2**31)):
@@ -78,8 +84,11 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.min_p > 1:
             raise InputError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if self.repetition_penalty == 0:
-            raise InputError("repetition_penalty must be above 0; 1 is off")
+        if not 1 / MAX_FACTOR <= self.repetition_penalty <= MAX_FACTOR:
+            raise InputError(
+                f"repetition_penalty must be from {1 / MAX_FACTOR} to {MAX_FACTOR}, not "
+                f"{self.repetition_penalty}; 1 is off"
+            )
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise InputError(
                 f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, not {self.top_logprobs}"
@@ -118,7 +127,7 @@ class Sampling:
             raise InputError("logit_bias must map token ids to numbers") from None
         for id, value in bias.items():
             _check_integer("logit_bias", id)
-            _check_number("logit_bias", value, negative=True)
+            _check_shift("logit_bias", value)
         object.__setattr__(self, "logit_bias", bias)
 
 
@@ -136,6 +145,13 @@ def _check_integer(name: str, value: Any, optional: bool = False) -> None:
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not integer or abs(int(value)) >= 2**31:
         raise InputError(f"{name} must be an integer below 2**31, not {strict.describe(value)}")
+
+
+def _check_shift(name: str, value: Any) -> None:
+    """What is added to logits."""
+    _check_number(name, value, negative=True)
+    if abs(value) > MAX_SHIFT:
+        raise InputError(f"{name} must be from {-MAX_SHIFT:g} to {MAX_SHIFT:g}, not {value}")
 
 
 def _check_number(name: str, value: Any, negative: bool = False) -> None:

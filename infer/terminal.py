@@ -4,7 +4,6 @@ import contextlib
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from infer.conversation import Answer, Forgotten
+from infer.progress import printable, safe
+from pangu_jax.errors import InputError
 from pangu_jax.text.parse import Event, Restart, Text, ToolCall
 
 SPINNER_LINES = 6  # of thinking that are shown while it goes on
@@ -22,7 +23,11 @@ CONTINUED = "\\"
 
 
 class Pipe:
-    """Answers on stdout and nothing else; every line of stdin is a message."""
+    """Answers on stdout and nothing else; every line of stdin is a message.
+
+    Answers come as they are made: text that turns out not to be the answer yet stays, and the
+    answer follows on a new line.
+    """
 
     def __init__(self) -> None:
         self._given = False
@@ -30,11 +35,14 @@ class Pipe:
     def read(self) -> str | None:
         """The next message; None at the end. A backslash at a line's end continues it."""
         lines: list[str] = []
-        for line in sys.stdin:
-            line = line.rstrip("\n")
-            lines.append(line.removesuffix(CONTINUED))
-            if not line.endswith(CONTINUED):
-                break
+        try:
+            for line in sys.stdin:
+                line = line.rstrip("\n")
+                lines.append(line.removesuffix(CONTINUED))
+                if not line.endswith(CONTINUED):
+                    break
+        except UnicodeDecodeError:
+            raise InputError("stdin: not UTF-8 text") from None
         return "\n".join(lines) if lines else None
 
     def welcome(self, lines: list[str]) -> None:
@@ -42,7 +50,7 @@ class Pipe:
 
     def tell(self, line: str) -> None:
         """A remark, on stderr."""
-        print(line, file=sys.stderr)
+        print(safe(line, sys.stderr), file=sys.stderr)
 
     def begin(self) -> None:
         """An answer begins."""
@@ -51,11 +59,13 @@ class Pipe:
     def show(self, event: Event | Forgotten) -> None:
         """The answer's text as it comes."""
         if isinstance(event, Text) and event.part == "answer":
-            sys.stdout.write(event.text)
+            sys.stdout.write(safe(event.text, sys.stdout))
             sys.stdout.flush()
             self._given = True
         elif isinstance(event, Restart) and event.part == "answer" and self._given:
             sys.stdout.write("\n")
+        elif isinstance(event, ToolCall):
+            self.tell(f"call {event.name}({event.arguments})")
         elif isinstance(event, Forgotten):
             self.tell(f"the oldest {event.messages} messages no longer fit and are forgotten")
 
@@ -63,6 +73,9 @@ class Pipe:
         """The answer is over."""
         sys.stdout.write("\n")
         sys.stdout.flush()
+        self._given = False
+        for block in answer.reply.broken:
+            self.tell(f"a tool call that cannot be read: {block}")
         if answer.reply.truncated and not answer.stopped:
             self.tell("the thinking did not end; try --think fast or --thinking-budget")
 
@@ -79,11 +92,12 @@ class Screen:
     """A terminal: thinking is dimmed, and folded into one line when it is done."""
 
     def __init__(self, history: Path | None) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         self._session = _session(history)
         self._live: Live | None = None
         self._thinking = ""
         self._since = 0.0
+        self._spinner = Spinner("dots", style="dim")
         self._given = False
 
     def read(self) -> str | None:
@@ -95,7 +109,7 @@ class Screen:
 
     def welcome(self, lines: list[str]) -> None:
         """The first lines."""
-        self._console.print(lines[0], style="bold", markup=False)
+        self._console.print(printable(lines[0]), style="bold", markup=False)
         for line in lines[1:]:
             self.tell(line)
         self._console.print()
@@ -107,6 +121,7 @@ class Screen:
     def begin(self) -> None:
         """An answer begins: a spinner until there is something to read."""
         self._thinking, self._given = "", False
+        self._spinner = Spinner("dots", style="dim")
         self._live = Live(
             self._waiting(), console=self._console, transient=True, refresh_per_second=12
         )
@@ -148,7 +163,7 @@ class Screen:
         elif reply.truncated:
             self.tell("(the thinking did not end; try /think fast or --thinking-budget)")
         elif answer.finish_reason == "length":
-            self.tell("(cut off: no room for more)")
+            self.tell("(cut off: --max-new-tokens, or no room for more)")
         for block in reply.broken:
             self.tell(f"(a tool call that cannot be read: {block})")
         self.tell(f"{answer.tokens} tokens, {answer.rate:.1f} tokens/s")
@@ -167,12 +182,12 @@ class Screen:
         """A spinner, and the last lines of the thinking."""
         grid = Table.grid(padding=(0, 1))
         if not self._thinking:
-            grid.add_row(Spinner("dots", style="dim"), Styled("", style="dim"))
+            grid.add_row(self._spinner, "")
             return grid
         width = max(self._console.width - 4, 10)
-        styled = Styled(self._thinking, style="dim")
-        lines = styled.wrap(self._console, width)[-SPINNER_LINES:]
-        grid.add_row(Spinner("dots", style="dim"), Styled("thinking", style="dim italic"))
+        tail = Styled(self._thinking[-SPINNER_LINES * width :], style="dim")
+        lines = tail.wrap(self._console, width)[-SPINNER_LINES:]
+        grid.add_row(self._spinner, Styled("thinking", style="dim italic"))
         for line in lines:
             grid.add_row("", line)
         return grid
@@ -191,11 +206,6 @@ class Screen:
         if self._given:
             self._console.print()
             self._given = False
-
-
-def printable(text: str) -> str:
-    """Text that cannot command the terminal: control characters become U+FFFD."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ NOT_THINKING = -1
 class Budget:
     """What closes thoughts, for every row of a batch.
 
-    limit: the most tokens between the markers
+    limit: the most tokens between the markers, of each thought
     ends_sentence: whether a token ends a sentence or line
     """
 
@@ -49,22 +49,30 @@ class Budget:
         """Tokens of the open thought after one more token."""
         going_on = jnp.where(used >= 0, used + 1, NOT_THINKING)
         return jnp.where(
-            token == self.start, 0, jnp.where(token == self.end, NOT_THINKING, going_on)
+            token == self.end,
+            NOT_THINKING,
+            jnp.where((token == self.start) & (used < 0), 0, going_on),
         )
 
 
 def budget(tokenizer: Tokenizer, limits: list[int | None], vocab: int) -> Budget:
     """The budget of rows with these limits. Raises InputError if the tokenizer has no markers."""
-    named = markers.of(tokenizer)
-    start, end = tokenizer.id(named.think_start), tokenizer.id(named.think_end)
-    if start is None or end is None or max(start, end) >= vocab:
-        raise InputError("thinking_budget: this tokenizer has no thinking markers")
+    start, end = marker_ids(tokenizer, vocab)
     return Budget(
         jnp.asarray([NO_BUDGET if limit is None else limit for limit in limits], jnp.int32),
         jnp.asarray(start, jnp.int32),
         jnp.asarray(end, jnp.int32),
         jnp.asarray(_ends_sentence(tokenizer, vocab)),
     )
+
+
+def marker_ids(tokenizer: Tokenizer, vocab: int) -> tuple[int, int]:
+    """The ids that open and close a thought. Raises InputError if there are none."""
+    named = markers.of(tokenizer)
+    start, end = tokenizer.id(named.think_start), tokenizer.id(named.think_end)
+    if start is None or end is None or max(start, end) >= vocab:
+        raise InputError("thinking_budget: the model and its tokenizer have no thinking markers")
+    return start, end
 
 
 def used_in_prompt(budget: Budget, prompt: np.ndarray) -> int:

@@ -96,7 +96,7 @@ def test_integers_are_numbers(tmp_path: Path) -> None:
     ("defaults", "complaint"),
     [
         ({"min_p": 2.0}, "min_p must be from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be from 0.001"),
         ({"max_new_tokens": 0}, "max_new_tokens must be from 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
         ({"top_k": "many"}, "top_k must be an integer"),

@@ -146,7 +146,7 @@ def test_no_markers_no_budget(model: Pangu, tmp_path_factory: pytest.TempPathFac
     folder = spm.write(tmp_path_factory.mktemp("bare"), "char", tokenizer_config={})
     bare = Tokenizer.load(folder)
     assert bare.id("[unused16]") is None
-    with pytest.raises(InputError, match="thinking_budget: this tokenizer has no thinking markers"):
+    with pytest.raises(InputError, match="thinking_budget: the model and its tokenizer have no"):
         infer.generate(model, [[1]], asked(3), tokenizer=bare)
     with pytest.raises(InputError, match="thinking_budget needs a tokenizer"):
         infer.generate(model, [[1]], asked(3))
