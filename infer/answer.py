@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infer import batch, generation, loading, output, progress
+from infer import batch, generation, inputs, loading, output, progress
 from infer.commands import Generate
 from infer.output import Completion
 from pangu_jax.checkpoint import hf
@@ -26,7 +26,7 @@ def run(command: Generate) -> int:
     sampling = loading.settings(command, folder)
     if command.input is not None:
         return batch.run(command, config, tokenizer, sampling)
-    generation.check_sampling(sampling, config, tokenizer)
+    inputs.check_sampling(sampling, config, tokenizer)
     ids = _prompt(command, config, tokenizer)
     model, loaded = loading.model(command)
     start = time.perf_counter()
@@ -70,16 +70,16 @@ def _check_choice(command: Generate) -> None:
 
 def _prompt(command: Generate, config: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray:
     if command.prompt_ids is not None:
-        return generation.check_prompt(config, command.prompt_ids)
+        return inputs.check_prompt(config, command.prompt_ids)
     if tokenizer is None:
         raise InputError(f"{command.model}: no tokenizer.model there; use --prompt-ids")
     text = command.prompt or ""
     if not command.chat:
-        return generation.check_prompt(config, tokenizer.encode(text))
+        return inputs.check_prompt(config, tokenizer.encode(text))
     messages = [{"role": "system", "content": command.system}] if command.system else []
     messages.append({"role": "user", "content": text})
     ids = chat.encode(tokenizer, messages, think=command.think, markers=markers.of(tokenizer))
-    return generation.check_prompt(config, ids)
+    return inputs.check_prompt(config, ids)
 
 
 def _show(completion: Completion, command: Generate, tokenizer: Tokenizer | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from infer import generation, loading, terminal
+from infer import inputs, loading, terminal
 from infer.commands import Chat
 from infer.conversation import Answer, Conversation
 from infer.terminal import Pipe, Screen
@@ -36,7 +36,7 @@ def run(command: Chat) -> int:
     if sys.stdin is None or sys.stdout is None:
         raise InputError("a chat needs stdin and stdout; one of them is closed")
     sampling = loading.settings(command, folder, max_new_tokens=config.max_positions)
-    generation.check_sampling(sampling, config, tokenizer)
+    inputs.check_sampling(sampling, config, tokenizer)
     seen = sys.stdin.isatty() and sys.stdout.isatty()
     model, seconds = loading.model(command)
     conversation = Conversation(model, tokenizer, sampling, command.think, command.system)

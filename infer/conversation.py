@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from infer import generation
+from infer import generation, inputs
 from infer.output import Completion
 from infer.sampling import Sampling
 from pangu_jax.model import Pangu
@@ -79,7 +79,7 @@ class Conversation:
         self._stopped = False
         message = {"role": "user", "content": text}
         dropped, prompt = self._prompt(message)
-        generation.check_prompt(self.model.config, prompt)
+        inputs.check_prompt(self.model.config, prompt)
         if dropped:
             self.messages = self.messages[dropped:]
             yield Forgotten(dropped)

@@ -12,7 +12,7 @@ import pytest
 
 import infer
 import pangu_jax
-from infer import generation
+from infer import generation, inputs
 from infer.conversation import Answer, Conversation, Forgotten
 from infer.output import Completion
 from infer.sampling import Sampling
@@ -102,7 +102,7 @@ class Playback:
         self, model: Any, prompt: list[int], sampling: Any, *, tokenizer: Any, told: Any
     ) -> Iterator[str | Completion]:
         """As `infer.stream`."""
-        generation.check_prompt(model.config, prompt)
+        inputs.check_prompt(model.config, prompt)
         self.prompts.append(self.words.decode(prompt).removeprefix("<s>"))
         pieces = self.answers.pop(0)
         for i, piece in enumerate(pieces):

@@ -11,7 +11,7 @@ import pytest
 
 import infer
 import pangu_jax
-from infer import decode, generation
+from infer import decode, generation, inputs
 from infer.sampling import Sampling
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
@@ -327,4 +327,4 @@ def test_nothing_in_nothing_out(tiny: Pangu) -> None:
 )
 def test_bad_prompts(tiny: Pangu, prompt: list, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        generation.check_prompt(tiny.config, prompt)
+        inputs.check_prompt(tiny.config, prompt)

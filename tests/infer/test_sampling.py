@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from infer import generation, sampler
+from infer import inputs, sampler
 from infer.sampler import Choice, Controls, History, Shaping
 from infer.sampling import Sampling
 from pangu_jax.errors import InputError
@@ -224,9 +224,9 @@ def test_draws_of_seeds_and_completions_follow_the_distribution() -> None:
     """At one position: 1024 completions of each of four seeds, then 4096 seeds."""
     s = Sampling(temperature=1.0)
     seeded = [dataclasses.replace(s, seed=seed, n=1024) for seed in range(4)]
-    check_frequencies(*_tokens_and_p(s, generation._keys(seeded, 0)))
+    check_frequencies(*_tokens_and_p(s, inputs._keys(seeded, 0)))
     seeded = [dataclasses.replace(s, seed=seed) for seed in range(DRAWS)]
-    check_frequencies(*_tokens_and_p(s, generation._keys(seeded, 0)))
+    check_frequencies(*_tokens_and_p(s, inputs._keys(seeded, 0)))
 
 
 def _tokens_and_p(s: Sampling, keys: jax.Array) -> tuple[jax.Array, np.ndarray]:
@@ -251,7 +251,7 @@ def test_a_draw_depends_on_key_and_position_only() -> None:
 
 
 def test_keys_are_of_seed_and_completion_alone() -> None:
-    raw = lambda *rows: jax.random.key_data(generation._keys(list(rows), 1)).tolist()
+    raw = lambda *rows: jax.random.key_data(inputs._keys(list(rows), 1)).tolist()
     one, three, other = Sampling(seed=7), Sampling(seed=7, n=3), Sampling(seed=8)
     assert raw(three)[0] == raw(one)[0] == raw(other, one)[1]
     assert raw(one, three)[1:4] == raw(three, one)[:3]
@@ -390,7 +390,7 @@ def test_containers_and_scalars_of_other_kinds() -> None:
     for kind in (np.int8, np.uint8, np.int32, np.uint64):
         numbers = {"seed": kind(5), "n": kind(2), "max_new_tokens": kind(3), "top_k": kind(1)}
         same = Sampling(seed=5, n=2)
-        keys = [generation._keys([each], 0) for each in (past_type_checks(numbers), same)]
+        keys = [inputs._keys([each], 0) for each in (past_type_checks(numbers), same)]
         np.testing.assert_array_equal(*map(jax.random.key_data, keys))
     with pytest.raises(InputError, match="seed"):
         past_type_checks({"seed": np.int32(-(2**31))})
