@@ -16,7 +16,7 @@ from rich.text import Text as Styled
 from infer.conversation import Answer, Forgotten
 from infer.progress import printable, safe
 from pangu_jax.errors import InputError
-from pangu_jax.text.parse import Event, Restart, Text, ToolCall
+from pangu_jax.text.parse import Event, Reply, Restart, Text, ToolCall
 
 SPINNER_LINES = 6  # of thinking that are shown while it goes on
 CONTINUED = "\\"
@@ -156,17 +156,20 @@ class Screen:
     def end(self, answer: Answer) -> None:
         """The answer is over: what it took."""
         self._stop_waiting()
+        said, reply = self._given, answer.reply
         self._newline()
-        reply = answer.reply
         if answer.stopped:
             self.tell("(stopped)")
         elif reply.truncated:
             self.tell("(the thinking did not end; try /think fast or --thinking-budget)")
         elif answer.finish_reason == "length":
             self.tell("(cut off: --max-new-tokens, or no room for more)")
+        elif not said and reply == Reply(reply.thinking):
+            self.tell("(an empty answer)")
         for block in reply.broken:
             self.tell(f"(a tool call that cannot be read: {block})")
-        self.tell(f"{answer.tokens} tokens, {answer.rate:.1f} tokens/s")
+        rate = f", {answer.rate:.1f} tokens/s" if answer.tokens > 1 else ""
+        self.tell(f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}{rate}")
         self._console.print()
 
     def abandon(self) -> None:

@@ -459,7 +459,7 @@ def test_kill_and_go_on(batch: Batch, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
-        assert process.returncode == code
+        assert process.returncode == code, err
         if signum == signal.SIGINT:
             assert err.endswith("interrupted\n")
             assert 0 < len(batch.answers()) < count
