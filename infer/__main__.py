@@ -1,9 +1,9 @@
 """The one door of inference: `pangu-infer COMMAND ...`, or `python -m infer COMMAND ...`."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from infer import commands, door
 
@@ -29,5 +29,10 @@ def prepare_jax() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
+def program() -> NoReturn:
+    """The console script."""
+    door.leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

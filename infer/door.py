@@ -4,11 +4,17 @@ whatever goes wrong in one line.
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from infer import cli
 from pangu_jax.errors import PanguError
+
+INTERRUPTED = 130
 
 
 def enter(
@@ -34,7 +40,7 @@ def enter(
         return complain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -46,6 +52,26 @@ def enter(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return complain(f"out of device memory: {str(error).splitlines()[0][:200]}")
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Runs a door's `main` as a program of its own, and ends it with its exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
+    code = main()
+    if code == INTERRUPTED:
+        # XLA may be compiling in a thread that does not survive the interpreter's orderly end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C as Python does it, but not where JAX's garbage collection hook would swallow it."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        threading.Timer(0.05, signal.raise_signal, [signum]).start()
+    else:
+        raise KeyboardInterrupt
 
 
 def complain(message: str) -> int:

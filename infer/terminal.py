@@ -16,7 +16,7 @@ from rich.text import Text as Styled
 from infer.conversation import Answer, Forgotten
 from infer.progress import printable, safe
 from pangu_jax.errors import InputError
-from pangu_jax.text.parse import Event, Reply, Restart, Text, ToolCall
+from pangu_jax.text.parse import Event, Restart, Text, ToolCall
 
 SPINNER_LINES = 6  # of thinking that are shown while it goes on
 CONTINUED = "\\"
@@ -96,6 +96,7 @@ class Screen:
         self._session = _session(history)
         self._live: Live | None = None
         self._thinking = ""
+        self._said = False
         self._since = 0.0
         self._spinner = Spinner("dots", style="dim")
         self._given = False
@@ -120,7 +121,7 @@ class Screen:
 
     def begin(self) -> None:
         """An answer begins: a spinner until there is something to read."""
-        self._thinking, self._given = "", False
+        self._thinking, self._given, self._said = "", False, False
         self._spinner = Spinner("dots", style="dim")
         self._live = Live(
             self._waiting(), console=self._console, transient=True, refresh_per_second=12
@@ -138,10 +139,11 @@ class Screen:
         elif isinstance(event, Text):
             self._stop_waiting()
             self._console.print(printable(event.text), end="", markup=False)
-            self._given = True
+            self._given = self._said = True
         elif isinstance(event, ToolCall):
             self._stop_waiting()
             self._newline()
+            self._said = True
             self.tell(f"call {event.name}({event.arguments})")
         elif isinstance(event, Forgotten):
             self._stop_waiting()
@@ -156,15 +158,15 @@ class Screen:
     def end(self, answer: Answer) -> None:
         """The answer is over: what it took."""
         self._stop_waiting()
-        said, reply = self._given, answer.reply
         self._newline()
+        reply = answer.reply
         if answer.stopped:
             self.tell("(stopped)")
         elif reply.truncated:
             self.tell("(the thinking did not end; try /think fast or --thinking-budget)")
         elif answer.finish_reason == "length":
             self.tell("(cut off: --max-new-tokens, or no room for more)")
-        elif not said and reply == Reply(reply.thinking):
+        elif not self._said and not reply.broken:
             self.tell("(an empty answer)")
         for block in reply.broken:
             self.tell(f"(a tool call that cannot be read: {block})")

@@ -1,7 +1,7 @@
 """The one door of training: `pangu-train COMMAND ...`, or `python -m train COMMAND ...`."""
 
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from infer import door
 from train import commands
@@ -14,5 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return door.enter("pangu-train", ABOUT, commands.COMMANDS, commands.HANDLERS, argv)
 
 
+def program() -> NoReturn:
+    """The console script."""
+    door.leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
