@@ -81,6 +81,7 @@ def settings(
 
 
 def end_ids(sampling: Sampling, config: ModelConfig) -> frozenset[int]:
+    """The ids that end a completion."""
     ends = frozenset(sampling.stop_token_ids)
     return ends if sampling.ignore_eos else ends | frozenset(config.eos_token_ids)
 

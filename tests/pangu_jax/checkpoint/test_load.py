@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pangu_jax
 from pangu_jax.build import named_leaves
 from pangu_jax.checkpoint import names
 from tests import folders, reference
+from tests.limits import no_longer_than
 
 Raw = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -29,22 +29,6 @@ Tensors = dict[str, np.ndarray]
 TOKENS = [5, 1, 93, 17, 17, 40, 2, 71, 0]
 SHARDED = "model.safetensors.index.json"
 TIED = {"tie_word_embeddings": True}
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float) -> Iterator[None]:
-    """Turns a hang into a failure."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def check_message(message: str) -> None:

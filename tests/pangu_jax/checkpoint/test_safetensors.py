@@ -1,10 +1,8 @@
 """The safetensors reader and writer, against the independent library and against damage."""
 
-import contextlib
 import json
 import math
 import os
-import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from hypothesis import strategies as st
 from pangu_jax.checkpoint import safetensors
 from pangu_jax.checkpoint.safetensors import File, Spec
 from pangu_jax.errors import CheckpointError
+from tests.limits import no_longer_than
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [
@@ -36,22 +35,6 @@ SHAPES = [(), (1,), (0,), (3,), (2, 0, 3), (2, 3), (1, 1, 1, 5), (2, 1, 3, 1, 2,
 QUICK = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float) -> Iterator[None]:
-    """Turns a hang into a failure."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def some_tensors() -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 
 from pangu_jax.errors import CheckpointError
 from pangu_jax.text import jinja
+from tests.limits import no_longer_than
 
 ROOT = Path(__file__).parents[3]
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
@@ -68,22 +68,6 @@ def conversation(*contents: str, system: str | None = None) -> list[dict[str, st
         for i, content in enumerate(contents)
     ]
     return ([{"role": "system", "content": system}] if system else []) + said
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float) -> Iterator[None]:
-    """Turns a hang into a failure."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """The tokenizer against outputs of the reference, against a naive one, and against bad folders."""
 
-import contextlib
 import functools
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +18,11 @@ from hypothesis import strategies as st
 from pangu_jax.errors import CheckpointError, InputError
 from pangu_jax.text.tokenizer import PUBLISHED_SPECIALS, Tokenizer
 from tests import spm
+from tests.limits import no_longer_than
 
 ORACLE = Path(__file__).parents[2] / "oracle" / "tokenizer"
 CASES = sorted(path.stem for path in ORACLE.glob("*.json"))
 QUICK = settings(max_examples=60, deadline=None)
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float) -> Iterator[None]:
-    """Turns a hang into a failure."""
-
-    def ring(*_: object) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def refused(folder: Path, name: str) -> str:
