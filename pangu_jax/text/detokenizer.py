@@ -57,7 +57,10 @@ class Detokenizer:
         pieces = self._tokenizer.pieces
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(bytes(int(pieces[id][1:-1], 16) for id in self._bytes))
-        unfinished = len(utf8.getstate()[0])
+        pending = utf8.getstate()[0]
+        # Python waits for the rest of a surrogate, which no UTF-8 text has.
+        surrogate = pending[:1] == b"\xed" and pending[1:2] >= b"\xa0"
+        unfinished = 0 if surrogate else len(pending)
         if unfinished == len(self._bytes):
             return ""
         certain = self._bytes[: len(self._bytes) - unfinished]
