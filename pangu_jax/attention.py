@@ -55,12 +55,14 @@ class Attention(nnx.Module):
         values = y[..., -1, :].transpose(0, 2, 1, 3)
         if cache is None:
             key_positions = jnp.where(meta.valid, meta.positions, NEVER)
+        elif meta.segments is not None:
+            raise ValueError("packed examples and a cache do not go together")
         else:
             cache = cache.write(keys, values, meta)
             keys, values = cache.read()
             key_positions = jnp.broadcast_to(jnp.arange(keys.shape[2]), (B, keys.shape[2]))
         queries = queries.reshape(B, T, K, fused - 2, H)
-        mixed = attend(queries, keys, values, meta.positions, key_positions)
+        mixed = attend(queries, keys, values, meta.positions, key_positions, meta.segments)
         return linear(mixed.reshape(B * T, -1), self.out[...]), cache
 
 
@@ -70,9 +72,13 @@ def attend(
     values: Float[Array, "B K S H"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T K g H"]:
     """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position; softmax in
     float32.
+
+    segments: where queries and keys are the same tokens (T = S) and rows hold several packed
+        examples, the example of each; keys of other examples are not seen
 
     Long calls go through in blocks of queries, so that scores take QUERY_BLOCK x S and not T x S;
     the backward pass computes each block again. A query that may see no key gets the mean of the
@@ -80,22 +86,41 @@ def attend(
     """
     B, T = query_positions.shape
     if T <= QUERY_BLOCK:
-        return _attend_block(queries, keys, values, query_positions, key_positions)
+        pair = None if segments is None else (segments, segments)
+        return _attend_block(queries, keys, values, query_positions, key_positions, pair)
     blocks = math.ceil(T / QUERY_BLOCK)
-    pad = [(0, 0), (0, blocks * QUERY_BLOCK - T)]
-    q = jnp.pad(queries, [*pad, (0, 0), (0, 0), (0, 0)])
-    q = q.reshape(B, blocks, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
-    at = jnp.pad(query_positions, pad).reshape(B, blocks, QUERY_BLOCK).swapaxes(0, 1)
-    block = jax.checkpoint(lambda q, at: _attend_block(q, keys, values, at, key_positions))
-    out = lax.map(lambda pair: block(*pair), (q, at))
+    of_blocks = lambda x: _cut(x, blocks)
+
+    @jax.checkpoint
+    def block(queries: Array, positions: Array, own: Array | None) -> Array:
+        pair = None if segments is None else (own, segments)
+        return _attend_block(queries, keys, values, positions, key_positions, pair)
+
+    parts = jax.tree.map(of_blocks, (queries, query_positions, segments))
+    out = lax.map(lambda part: block(*part), parts)
     return out.swapaxes(0, 1).reshape(B, -1, *queries.shape[2:])[:, :T]
 
 
+def _cut(x: Array, blocks: int) -> Array:
+    """[B, T, ...] in blocks of queries, [blocks, B, QUERY_BLOCK, ...], the last one padded."""
+    B, T = x.shape[:2]
+    pad = [(0, 0), (0, blocks * QUERY_BLOCK - T), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, pad).reshape(B, blocks, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+
 def _attend_block(
-    queries: Array, keys: Array, values: Array, query_positions: Array, key_positions: Array
+    queries: Array,
+    keys: Array,
+    values: Array,
+    query_positions: Array,
+    key_positions: Array,
+    segments: tuple[Array, Array] | None,
 ) -> Array:
+    """segments: of the queries and of the keys"""
     scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
     visible = key_positions[:, None, :] <= query_positions[:, :, None]  # [B, T, S]
+    if segments is not None:
+        visible &= segments[0][:, :, None] == segments[1][:, None, :]
     scores = jnp.where(visible[:, None, None], scores * queries.shape[-1] ** -0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgts,bksh->btkgh", weights, values)

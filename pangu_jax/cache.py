@@ -23,10 +23,13 @@ class Meta:
 
     positions: the RoPE position, and cache slot, of each token
     valid: False for padding: never attended to, never cached
+    segments: which of several packed examples each token belongs to, where a row holds more than
+        one: tokens attend within their segment only. Not with a cache.
     """
 
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
+    segments: Int[Array, "B T"] | None = None
 
     @classmethod
     def from_mask(cls, mask: Bool[Array, "B T"], start: Int[Array, " B"] | None = None) -> "Meta":
