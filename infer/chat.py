@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from infer import inputs, loading, terminal
+from infer import inputs, loading
 from infer.commands import Chat
 from infer.conversation import Answer, Conversation
 from infer.terminal import Pipe, Screen
@@ -76,7 +76,7 @@ def talk(conversation: Conversation, view: Screen | Pipe) -> None:
 def _answer(text: str, conversation: Conversation, view: Screen | Pipe) -> Answer:
     view.begin()
     try:
-        with terminal.interrupts(conversation.stop):
+        with door.interrupts(conversation.stop):
             for event in conversation.ask(text):
                 if isinstance(event, Answer):
                     view.end(event)

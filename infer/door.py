@@ -2,12 +2,13 @@
 whatever goes wrong in one line.
 """
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -72,6 +73,25 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
         threading.Timer(0.05, signal.raise_signal, [signum]).start()
     else:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C calls `stop` and the second raises KeyboardInterrupt."""
+    count = 0
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def complain(message: str) -> int:

@@ -49,12 +49,17 @@ def tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if not (folder / tokenizers.MODEL).exists():
         return None
     found = Tokenizer.load(folder)
-    if found.vocab_size > config.vocab_size:
+    check_fits(found, config, folder)
+    return found
+
+
+def check_fits(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    """Raises CheckpointError for a tokenizer (in `folder`) with more tokens than the model has."""
+    if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{folder / tokenizers.MODEL}: {found.vocab_size} tokens, but the model has only "
+            f"{folder / tokenizers.MODEL}: {tokenizer.vocab_size} tokens, but the model has only "
             f"{config.vocab_size}: they do not belong together"
         )
-    return found
 
 
 def settings(command: SamplingFlags, folder: Path, **otherwise: Any) -> Sampling:

@@ -70,6 +70,26 @@ def answering(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
+def training(total: int, done: int) -> Iterator[Callable[[int, float, float], None]]:
+    """A bar of steps; call the result with each step, its loss, and tokens per second.
+
+    Where there is no terminal, twenty lines instead.
+    """
+    start = time.perf_counter()
+    with _bar("compiling, then training", MofNCompleteColumn(), total) as (bar, task):
+        bar.update(task, completed=done)
+
+        def show(step: int, loss: float, rate: float) -> None:
+            text = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
+            bar.update(task, completed=step, description=text)
+            if not console.is_terminal and step * 20 // total > (step - 1) * 20 // total:
+                left = (time.perf_counter() - start) / (step - done) * (total - step)
+                say(f"step {step:,} of {total:,}: {text}, {left:,.0f} s left")
+
+        yield show
+
+
+@contextlib.contextmanager
 def _bar(
     what: str, counter: ProgressColumn, total: int | None = None
 ) -> Iterator[tuple[Progress, TaskID]]:

@@ -1,10 +1,7 @@
 """What a chat looks like: in a terminal, and in a pipe."""
 
-import contextlib
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -211,25 +208,6 @@ class Screen:
         if self._given:
             self._console.print()
             self._given = False
-
-
-@contextlib.contextmanager
-def interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls `stop` and the second raises KeyboardInterrupt."""
-    count = 0
-
-    def handle(signum: int, frame: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-        stop()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _session(history: Path | None):

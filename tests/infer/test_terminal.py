@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from infer import terminal
+from infer import door
 from infer.conversation import Answer, Forgotten
 from infer.terminal import Pipe
 from pangu_jax.text.parse import Reply, Restart, Text, ToolCall
@@ -384,7 +384,7 @@ def test_everything_else_is_printable() -> None:
 def test_interrupts_call_stop_then_raise() -> None:
     calls: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    with terminal.interrupts(lambda: calls.append(1)):
+    with door.interrupts(lambda: calls.append(1)):
         os.kill(os.getpid(), signal.SIGINT)
         assert calls == [1]
         with pytest.raises(KeyboardInterrupt):
