@@ -6,10 +6,11 @@ argparse does the parsing; JAX is not imported.
 
 import argparse
 import dataclasses
+import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pangu_jax import strict
@@ -21,6 +22,18 @@ def flag(help: str, default: Any = dataclasses.MISSING, metavar: str | None = No
     return dataclasses.field(
         default=default, kw_only=True, metadata={"help": help, "metavar": metavar}
     )
+
+
+def positional(help: str, metavar: str) -> Any:
+    """A dataclass field that is given by its place on the command line."""
+    return dataclasses.field(kw_only=True, metadata={"help": help, "place": metavar})
+
+
+def sections(config: type) -> Any:
+    """A dataclass field of the overrides `--section.field` of a configuration, as {section: {field:
+    value}}; `config` is a dataclass of dataclasses whose fields are flags.
+    """
+    return dataclasses.field(kw_only=True, default_factory=dict, metadata={"sections": config})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +49,7 @@ def parse(prog: str, about: str, commands: Mapping[str, type], argv: Sequence[st
     root = _Parser(prog=prog, description=about, allow_abbrev=False)
     choices = root.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, kind in commands.items():
-        text = (kind.__doc__ or "").strip()
+        text = inspect.cleandoc(kind.__doc__ or "")
         sub = choices.add_parser(
             name,
             help=text.splitlines()[0],
@@ -56,28 +69,60 @@ def parse(prog: str, about: str, commands: Mapping[str, type], argv: Sequence[st
     if argv[0] in commands:
         _refuse_unknown_flags(commands[argv[0]], argv[1:], f"{prog} {argv[0]}")
     values = vars(root.parse_args(list(argv)))
-    return commands[values.pop("command")](**values)
+    command = commands[values.pop("command")]
+    for field in dataclasses.fields(command):
+        if "sections" in field.metadata:
+            values[field.name] = _take_overrides(values)
+    return command(**values)
+
+
+def _take_overrides(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of `--section.field` flags that were given, taken out of `values`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in [name for name in values if "." in name]:
+        section, field = name.split(".")
+        if (value := values.pop(name)) is not None:
+            found.setdefault(section, {})[field] = value
+    return found
 
 
 def _add_flags(parser: argparse.ArgumentParser, command: type) -> None:
     hints = typing.get_type_hints(command)
     for field in dataclasses.fields(command):
-        required = field.default is dataclasses.MISSING
-        kind = _without_none(hints[field.name])
-        options: dict[str, Any] = {"help": field.metadata["help"], "dest": field.name}
-        if kind is bool:
-            options["action"] = "store_true"
+        if "sections" in field.metadata:
+            for section, held in typing.get_type_hints(field.metadata["sections"]).items():
+                about = (held.__doc__ or "").splitlines()[0]
+                _add_options(parser.add_argument_group(section, about), held, f"{section}.")
+        elif place := field.metadata.get("place"):
+            parser.add_argument(field.name, metavar=place, help=field.metadata["help"])
         else:
-            if kind == tuple[str, ...]:
-                options["action"], kind = _Append, str
-            options["type"] = _reader(kind)
-            options["metavar"] = field.metadata["metavar"] or _metavar(kind)
-            options["required"] = required
-            if field.default not in (None, dataclasses.MISSING):
-                options["help"] += f" (default: {field.default})"
-        if not required:
-            options["default"] = field.default
-        parser.add_argument(_spell(field.name), **options)
+            _add_option(parser, field, hints[field.name])
+
+
+def _add_options(group: Any, section: type, prefix: str) -> None:
+    """A section's flags; none is required and none has a default, as the file comes first."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        _add_option(group, field, hints[field.name], prefix)
+
+
+def _add_option(group: Any, field: dataclasses.Field, hint: Any, prefix: str = "") -> None:
+    required = field.default is dataclasses.MISSING and not prefix
+    kind = _without_none(hint)
+    options: dict[str, Any] = {"help": field.metadata["help"], "dest": prefix + field.name}
+    if kind is bool:
+        options["action"] = "store_true"
+    else:
+        if kind == tuple[str, ...]:
+            options["action"], kind = _Append, str
+        options["type"] = _reader(kind)
+        options["metavar"] = field.metadata["metavar"] or _metavar(kind)
+        options["required"] = required
+        if field.default not in (None, dataclasses.MISSING):
+            options["help"] += f" (default: {field.default})"
+    if not required:
+        options["default"] = None if prefix else field.default
+    group.add_argument(f"--{prefix}{field.name}" if prefix else _spell(field.name), **options)
 
 
 class _Append(argparse.Action):
@@ -90,11 +135,7 @@ class _Append(argparse.Action):
 
 def _refuse_unknown_flags(command: type, argv: Sequence[str], prog: str) -> None:
     """argparse would first complain of what is missing; the misspelt flag is the better news."""
-    hints = typing.get_type_hints(command)
-    takes_value = {
-        _spell(field.name): _without_none(hints[field.name]) is not bool
-        for field in dataclasses.fields(command)
-    }
+    takes_value = dict(_flags(command))
     known = [*takes_value, "--help"]
     skip = False
     for word in argv:
@@ -109,6 +150,17 @@ def _refuse_unknown_flags(command: type, argv: Sequence[str], prog: str) -> None
                 f"unknown option {strict.shorten(name)}{strict.suggest(name, known)} "
                 f"(see {prog} --help)"
             )
+
+
+def _flags(command: type) -> Iterator[tuple[str, bool]]:
+    """Every flag of a command, and whether it takes a value."""
+    hints = typing.get_type_hints(command)
+    for field in dataclasses.fields(command):
+        if "sections" in field.metadata:
+            for section, held in typing.get_type_hints(field.metadata["sections"]).items():
+                yield from ((f"--{section}.{each.name}", True) for each in dataclasses.fields(held))
+        elif "place" not in field.metadata:
+            yield _spell(field.name), _without_none(hints[field.name]) is not bool
 
 
 def _spell(name: str) -> str:
