@@ -1,0 +1,82 @@
+"""One training step: a pure function of the state and a batch.
+
+The weights are two dictionaries by leaf name, trainable and frozen, so that what gets no gradient
+has no optimizer state either, and may be of a kind (integers) that has no gradient.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from pangu_jax import build
+from pangu_jax.model import Pangu
+from pangu_jax.pytree import pytree
+from train import objectives
+from train.objectives import Batch
+
+Leaves = dict[str, Array]
+
+
+@pytree
+class State:
+    """Everything that a step changes, and the frozen weights that it does not."""
+
+    step: Int[Array, ""]
+    trainable: Leaves
+    frozen: Leaves
+    optimizer: optax.OptState
+
+
+@pytree
+class Metrics:
+    """Of one step: the loss before it, the norm of its gradients before clipping."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+Step = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+def split(model: Pangu, frozen: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
+    """The weights that are trained and the others, by leaf name. Integers are never trained."""
+    leaves = dict(build.named_leaves(model))
+    still = {
+        name
+        for name, leaf in leaves.items()
+        if frozen(name) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {n: x for n, x in leaves.items() if n not in still}, {n: leaves[n] for n in still}
+
+
+def merge(like: Pangu, trainable: Leaves, frozen: Leaves) -> Pangu:
+    """The model that the two halves of `split` came from; `like` gives its structure only."""
+    return build.fill(like, lambda name, _: trainable[name] if name in trainable else frozen[name])
+
+
+def start(
+    model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
+) -> State:
+    """The state before the first step."""
+    trainable, still = split(model, frozen)
+    return State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
+
+
+def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
+    """The step for models of `like`'s structure; not jitted."""
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        def loss(trainable: Leaves) -> Array:
+            return objectives.loss(merge(like, trainable, state.frozen), batch)
+
+        value, grads = jax.value_and_grad(loss)(state.trainable)
+        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
+        metrics = Metrics(value, optax.global_norm(grads))
+        return State(state.step + 1, trainable, state.frozen, moments), metrics
+
+    return step

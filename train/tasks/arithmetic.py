@@ -1,0 +1,75 @@
+"""Arithmetic on paper: the steps are the columns, from the right, each with its carry."""
+
+import random
+
+from train.tasks.problem import Problem
+
+
+def add(rng: random.Random, difficulty: int) -> Problem:
+    """Two numbers of up to `difficulty` + 1 digits."""
+    a, b = _number(rng, difficulty + 1), _number(rng, difficulty + 1)
+    steps, carry = [], 0
+    for x, y in _columns(a, b):
+        total = x + y + carry
+        steps.append(f"{x}+{y}+{carry}={total}")
+        carry = total // 10
+    low, high = sorted((a, b))
+    return _problem("add", difficulty, f"{a} + {b}", steps, a + b, f"{low} {high}")
+
+
+def subtract(rng: random.Random, difficulty: int) -> Problem:
+    """A number of up to `difficulty` + 1 digits less a smaller one."""
+    b, a = sorted((_number(rng, difficulty + 1), _number(rng, difficulty + 1)))
+    steps, borrow = [], 0
+    for x, y in _columns(a, b):
+        borrowed = x < y + borrow
+        x += 10 * borrowed
+        steps.append(f"{x}-{y}-{borrow}={x - y - borrow}")
+        borrow = int(borrowed)
+    return _problem("subtract", difficulty, f"{a} - {b}", steps, a - b, f"{a} {b}")
+
+
+def multiply(rng: random.Random, difficulty: int) -> Problem:
+    """A number of up to `difficulty` + 1 digits times one digit."""
+    a, b = _number(rng, difficulty + 1), rng.randint(2, 9)
+    steps, carry = [], 0
+    for x in _digits(a):
+        product = x * b + carry
+        steps.append(f"{x}*{b}+{carry}={product}")
+        carry = product // 10
+    return _problem("multiply", difficulty, f"{a} * {b}", steps, a * b, f"{a} {b}")
+
+
+def total(rng: random.Random, difficulty: int) -> Problem:
+    """2 * `difficulty` + 1 numbers of one digit; the steps are the running totals."""
+    terms = [rng.randint(1, 9) for _ in range(2 * difficulty + 1)]
+    steps, so_far = [], terms[0]
+    for term in terms[1:]:
+        steps.append(f"{so_far}+{term}={so_far + term}")
+        so_far += term
+    key = " ".join(map(str, sorted(terms)))
+    return _problem("total", difficulty, " + ".join(map(str, terms)), steps, so_far, key)
+
+
+def _number(rng: random.Random, digits: int) -> int:
+    """Of two up to so many digits, every length as often."""
+    length = rng.randint(2, digits)
+    return rng.randint(10 ** (length - 1), 10**length - 1)
+
+
+def _digits(number: int) -> list[int]:
+    """From the right."""
+    return [int(digit) for digit in reversed(str(number))]
+
+
+def _columns(a: int, b: int) -> list[tuple[int, int]]:
+    """The digits of both numbers that stand above each other, from the right, 0 where one ends."""
+    width = max(len(str(a)), len(str(b)))
+    x, y = (_digits(int(n)) + [0] * (width - len(str(n))) for n in (a, b))
+    return list(zip(x, y, strict=True))
+
+
+def _problem(
+    task: str, difficulty: int, expression: str, steps: list[str], answer: int, key: str
+) -> Problem:
+    return Problem(task, difficulty, f"What is {expression}?", " ".join(steps), str(answer), key)
