@@ -101,7 +101,7 @@ def _resume(output: Path, todo: list[Job], mark: str) -> int:
             if not data.endswith(b"\n"):
                 _check_tail(data, todo[done], str(output))
                 break
-            _check_answer(data, todo[done], mark, f"{output}:{done + 1}")
+            _check_answer(data, todo[done], mark, f"{output}, line {done + 1}")
             done, whole = done + 1, whole + len(data)
     if whole < output.stat().st_size:
         with output.open("rb+") as file:

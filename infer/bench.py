@@ -97,13 +97,13 @@ def measure(model: Pangu, prompt: int, tokens: int, batch: int, repeats: int) ->
     device = next(iter(model.embed[...].devices()))
     both = lambda new: generation.generate(model, prompts, Sampling(new, ignore_eos=True))
     with jax.default_device(device):
-        bandwidth, flops = _bandwidth_probe(), _flops_probe(model.dtype, device.platform)
+        bandwidth, flops = bandwidth_probe(), flops_probe(model.dtype, device.platform)
     for warm in (lambda: both(1), lambda: both(tokens), bandwidth, flops):
         warm()
     prefills, decodes, gb, tflops = [], [], [], []
     for _ in range(repeats):
-        prefills.append(_seconds(lambda: both(1)))
-        decodes.append(_seconds(lambda: both(tokens)) - prefills[-1])
+        prefills.append(seconds(lambda: both(1)))
+        decodes.append(seconds(lambda: both(tokens)) - prefills[-1])
         gb.append(bandwidth())
         tflops.append(flops())
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
@@ -159,29 +159,30 @@ def _model(command: Bench) -> Pangu:
     return jax.block_until_ready(model)
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def seconds(action: Callable[[], object]) -> float:
+    """How long an action takes, until its result is there."""
     start = time.perf_counter()
     jax.block_until_ready(action())
     return time.perf_counter() - start
 
 
-def _bandwidth_probe() -> Callable[[], float]:
+def bandwidth_probe() -> Callable[[], float]:
     """GB/s at which a float32 matrix is read by a product with one vector."""
     columns = 2048
     matrix = jax.random.normal(jax.random.key(1), (BANDWIDTH_BYTES // 4 // columns, columns))
     vector = jnp.ones((1, columns), jnp.float32)
     product = jax.jit(lambda v, m: jnp.einsum("nd,ed->ne", v, m, precision="highest"))
     return lambda: (
-        matrix.nbytes / min(_seconds(lambda: product(vector, matrix)) for _ in range(3)) / 1e9
+        matrix.nbytes / min(seconds(lambda: product(vector, matrix)) for _ in range(3)) / 1e9
     )
 
 
-def _flops_probe(dtype: jnp.dtype, platform: str) -> Callable[[], float]:
+def flops_probe(dtype: jnp.dtype, platform: str) -> Callable[[], float]:
     """TFLOP/s of a square product in the model's dtype."""
     side = FLOPS_SIDE.get(platform, 2048)
     square = jax.random.normal(jax.random.key(2), (side, side)).astype(dtype)
     precision = "highest" if dtype == jnp.float32 else None
     product = jax.jit(lambda a, b: jnp.einsum("nd,ed->ne", a, b, precision=precision))
     return lambda: (
-        2 * side**3 / min(_seconds(lambda: product(square, square)) for _ in range(3)) / 1e12
+        2 * side**3 / min(seconds(lambda: product(square, square)) for _ in range(3)) / 1e12
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from infer import inputs, loading
+from infer import door, inputs, loading
 from infer.commands import Chat
 from infer.conversation import Answer, Conversation
 from infer.terminal import Pipe, Screen

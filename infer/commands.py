@@ -121,10 +121,30 @@ class Bench:
     json: bool = flag("print one JSON object on stdout", False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Eval(ModelFlags):
+    """Measure accuracy on problems with one exact answer, by task, difficulty and thinking mode.
+
+    A line of --tasks is a JSON object with "messages" and "answer", and maybe "task" and
+    "difficulty" (0 to 99). Decoding is greedy. An answer is right when it equals the expected one,
+    white space apart, and is not cut off by --max-new-tokens.
+    """
+
+    tasks: str = flag("JSON lines with problems", metavar="FILE")
+    think: str = flag("modes to compare: of fast, slow and auto", "fast,slow", metavar="MODE,...")
+    batch: int = flag("prompts at a time", 64)
+    max_new_tokens: int = flag("the most tokens to generate", 512)
+    json: bool = flag("print one JSON object on stdout", False)
+    output: str | None = flag("write the JSON object to a file", None, metavar="FILE")
+    answers: str | None = flag("write every answer as a JSON line", None, metavar="FILE")
+    plot: str | None = flag("draw accuracy by difficulty: .png or .svg", None, metavar="FILE")
+
+
 COMMANDS = {
     "chat": Chat,
     "generate": Generate,
     "check": Check,
+    "eval": Eval,
     "bench": Bench,
     "demo": Demo,
 }
@@ -134,4 +154,5 @@ HANDLERS = {
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",
     "Demo": "infer.demo:run",
+    "Eval": "infer.evaluation.command:run",
 }

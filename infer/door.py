@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -24,17 +25,15 @@ def enter(
     commands: Mapping[str, type],
     handlers: Mapping[str, str],
     argv: Sequence[str] | None,
-    prepare: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs a command. Exit codes: 0, 1 (a check failed), 2 (bad input: one `error:` line), 130
     (Ctrl-C).
 
     handlers: `module:function` by the name of a command's class; imported only when it is run
-    prepare: called before that import
     """
     try:
         command = cli.parse(prog, about, commands, sys.argv[1:] if argv is None else argv)
-        prepare()
+        prepare_jax()
         module, function = handlers[type(command).__name__].split(":")
         return getattr(importlib.import_module(module), function)(command)
     except PanguError as error:
@@ -53,6 +52,20 @@ def enter(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return complain(f"out of device memory: {str(error).splitlines()[0][:200]}")
+
+
+def prepare_jax() -> None:
+    """Settings JAX reads when it is imported; what the user has set stays.
+
+    Compiled programs are kept on disk, so that a second start does not compile again. A GPU's
+    memory is taken to 95% instead of 75%: large weights and their cache must share one card.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not home.startswith("~"):  # an account without a home gets no cache
+        cache = str(Path(home) / "pangu_jax" / "compiled")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -1,7 +1,6 @@
 """The lines of `generate --input`, each checked and made into a prompt before any time is spent."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infer import inputs
+from infer import files, inputs
 from infer.commands import Generate
 from infer.sampling import Sampling
 from pangu_jax import strict
@@ -38,23 +37,12 @@ def read(
     command: Generate, config: ModelConfig, tokenizer: Tokenizer | None, sampling: Sampling
 ) -> Iterator[Job]:
     """The jobs of the command's input, in order. Raises InputError with file and line."""
-    path = Path(str(command.input))
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                if text := data.decode().strip():
-                    line = strict.parse_json_object(text, "the line")
-                    json.dumps(line, ensure_ascii=False).encode()
-                    yield _job(line, command, config, tokenizer, sampling)
-            except UnicodeDecodeError:
-                raise InputError(f"{where}: not UTF-8 text") from None
-            except UnicodeEncodeError:
-                raise InputError(f"{where}: has a lone surrogate, which is not text") from None
-            except PanguError as error:
-                raise InputError(f"{where}: {error}") from None
+    for where, line in files.json_lines(Path(str(command.input))):
+        try:
+            job = _job(line, command, config, tokenizer, sampling)
+        except PanguError as error:
+            raise InputError(f"{where}: {error}") from None
+        yield job
 
 
 def _job(

@@ -93,7 +93,7 @@ def attend(
 
     @jax.checkpoint
     def block(queries: Array, positions: Array, own: Array | None) -> Array:
-        pair = None if segments is None else (own, segments)
+        pair = None if own is None or segments is None else (own, segments)
         return _attend_block(queries, keys, values, positions, key_positions, pair)
 
     parts = jax.tree.map(of_blocks, (queries, query_positions, segments))

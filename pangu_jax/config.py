@@ -165,8 +165,8 @@ def named_file(kind: str, name: str | Path) -> Path:
 
 
 def preset(name: str | Path) -> ModelConfig:
-    """The ModelConfig of a preset (nano, nano-moge, embedded-1b, embedded-7b, pro-moe-72b) or a
-    TOML file.
+    """The ModelConfig of a preset (nano, nano-moge, mini, embedded-1b, embedded-7b, pro-moe-72b)
+    or a TOML file.
     """
     path = named_file("models", name)
     return strict.build(ModelConfig, strict.read_toml(path), str(path))

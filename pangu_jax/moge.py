@@ -100,16 +100,62 @@ def mix_experts(
     token_of_row = jnp.zeros(num_blocks * size, jnp.int32).at[row].set(order // G)
     block_expert = jnp.minimum(jnp.searchsorted(block_ends, jnp.arange(num_blocks), "right"), E - 1)
 
-    def one_block(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        expert, tokens = block
-        own = lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-        return None, swiglu(x[tokens], own(gate_up), own(down))
-
-    _, rows = lax.scan(one_block, None, (block_expert, token_of_row.reshape(num_blocks, size)))
+    rows = _blocks(x, gate_up, down, block_expert, token_of_row.reshape(num_blocks, size))
     row_of_pair = jnp.zeros(N * G, row.dtype).at[order].set(row)
     chosen = rows.reshape(num_blocks * size, -1)[row_of_pair].reshape(N, G, -1)
     mixed = jnp.einsum("ngd,ng->nd", chosen, weights, preferred_element_type=jnp.float32)
     return mixed.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _blocks(
+    x: Float[Array, "N D"],
+    gate_up: Float[Array, "E 2 F D"],
+    down: Float[Array, "E D F"],
+    experts: Int[Array, " n"],
+    tokens: Int[Array, "n s"],
+) -> Float[Array, "n s D"]:
+    """experts[i] applied to the tokens of block i, one block after the other."""
+
+    def one(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
+        expert, own = block
+        return None, swiglu(x[own], _slice(gate_up, expert), _slice(down, expert))
+
+    return lax.scan(one, None, (experts, tokens))[1]
+
+
+def _blocks_forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _blocks(*arguments), arguments
+
+
+def _blocks_backward(arguments: tuple[Array, ...], grad: Array) -> tuple[Array | None, ...]:
+    """Adds each block's part to its expert's gradient in place; plain autodiff would add a whole
+    stack of zeros per block.
+    """
+    x, gate_up, down, experts, tokens = arguments
+
+    def one(sums: tuple[Array, ...], block: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        expert, own, grad = block
+        to_x, to_gate_up, to_down = sums
+        mine = (x[own], _slice(gate_up, expert), _slice(down, expert))
+        parts = jax.vjp(swiglu, *mine)[1](grad)
+        to_x = to_x.at[own].add(parts[0])
+        return (to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (x, gate_up, down))
+    sums, _ = lax.scan(one, zeros, (experts, tokens, grad))
+    return *sums, None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _slice(stack: Array, expert: Array) -> Array:
+    return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+
+
+def _add(stack: Array, expert: Array, part: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(stack, _slice(stack, expert) + part, expert, 0)
 
 
 def _block_size(pairs: int, experts: int) -> int:

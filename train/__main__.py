@@ -6,7 +6,7 @@ from typing import NoReturn
 from infer import door
 from train import commands
 
-ABOUT = "Train what openPangu models need. So far: tokenizers."
+ABOUT = "Train openPangu models, and what they need: tokenizers and data."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ No JAX here: this is read before the command line is understood.
 """
 
 import dataclasses
+from typing import Literal
 
 from infer.cli import flag, positional, sections
 from train.config import Config, Overrides
@@ -64,8 +65,47 @@ class Tasks:
     seed: int = flag("other seeds, other problems of the same two sets", 0)
 
 
-COMMANDS = {"pretrain": Pretrain, "sft": Sft, "tasks": Tasks, "tokenizer": Tokenizer}
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train a nano Pangu to think fast and slow, and ask it what it never saw: some minutes.
+
+    Needs no weights and no network. Kept in a folder per model and seed; the same command again
+    goes on where it stopped.
+    """
+
+    model: Literal["nano", "nano-moge"] = flag("dense, or with 8 groups of experts", "nano")
+    output: str = flag("folder of the demos", "runs/demo", metavar="DIR")
+    seed: int = flag("of the weights, the data and the questions", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure the speed of a training step against the FLOP bound of this machine.
+
+    Random weights in float32, full rows of random tokens of 2 to 4 examples each, AdamW. The bound,
+    a large product, is measured in the same run; so is the same step in PyTorch with --peer, whose
+    losses and gradients must be the same (exit code 1 where they are not).
+    """
+
+    model: str = flag("name or TOML file of a preset", metavar="NAME|TOML")
+    length: int = flag("tokens per row", 128)
+    batch: int = flag("rows per step", 8)
+    repeats: int = flag("timed repetitions, of half a second or a step", 5)
+    peer: bool = flag("compare with PyTorch (dense models, on a CPU)", False)
+    json: bool = flag("print one JSON object on stdout", False)
+
+
+COMMANDS = {
+    "bench": Bench,
+    "demo": Demo,
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "tasks": Tasks,
+    "tokenizer": Tokenizer,
+}
 HANDLERS = {
+    "Bench": "train.bench:run",
+    "Demo": "train.demo:run",
     "Pretrain": "train.pretrain:run",
     "Sft": "train.sft:run",
     "Tasks": "train.tasks.files:run",

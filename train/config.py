@@ -13,6 +13,9 @@ from pangu_jax import strict
 from pangu_jax.config import named_file
 from pangu_jax.errors import ConfigError
 
+# More than any published run takes; every number of a step is exact in float32.
+MOST_STEPS = 2**24
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
@@ -86,7 +89,7 @@ class RunSection:
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            _check(self, name, 1 <= getattr(self, name) <= MOST_STEPS, f"from 1 to {MOST_STEPS}")
         _check(self, "seed", 0 <= self.seed < 2**31, "from 0 to 2147483647")
 
 
@@ -118,7 +121,25 @@ def load(name: str, overrides: Overrides) -> Config:
         if not isinstance(table.setdefault(section, {}), dict):
             raise ConfigError(f"{path}: {section} must be a table")
         table[section] = {**table[section], **values}
-    return strict.build(Config, table, str(path))
+    _check_text(overrides)
+    # What training begins with is one choice: another one on the command line replaces it.
+    begin = overrides.get("model", {})
+    for one, others in (("path", ("preset", "tokenizer")), ("preset", ("path",))):
+        if one in begin:
+            for other in set(others) - set(begin):
+                table["model"].pop(other, None)
+    where = f"{path} and the command line" if overrides else str(path)
+    return strict.build(Config, table, where)
+
+
+def _check_text(overrides: Overrides) -> None:
+    """Raises ConfigError for what could not be written into a TOML file."""
+    for section, values in overrides.items():
+        for name, value in values.items():
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{section}.{name}: not UTF-8 text") from None
 
 
 def to_toml(config: Config) -> str:
@@ -137,8 +158,10 @@ def differences(old: Config, new: Config) -> list[str]:
     for section, values in before.items():
         for name, value in values.items():
             if (section, name) not in (("run", "save_every"), ("run", "output")):
-                if after[section][name] != value:
-                    found.append(f"{section}.{name} was {value}, now {after[section][name]}")
+                now = after[section][name]
+                if now != value:
+                    was, now = strict.describe(value), strict.describe(now)
+                    found.append(f"{section}.{name} was {was}, now {now}")
     return found
 
 

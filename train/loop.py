@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pangu_jax
-from infer import door, loading, progress
+from infer import door, loading, plots, progress
 from pangu_jax import build
 from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import configs_folder
@@ -40,16 +40,18 @@ def train(config: Config, read: Read) -> int:
     read: the examples of config.data
     Raises PanguError.
     """
-    folder = RunFolder.claim(config)
+    folder = RunFolder.of(config)
     if folder.final.exists():
         progress.say(f"{folder.final}: the run is complete")
         return 0
     tokenizer = Tokenizer.load(tokenizer_folder(config))
     model = _begin(config, tokenizer)
+    names = [name for name, _ in build.named_leaves(model)]
+    frozen = optimizers.frozen(config.optimizer.freeze, names)
     rows = _rows(config, tokenizer, read)
-    folder.check_data(rows)
-    state, finished = _run(config, folder, model, rows)
-    records.plot(folder.metrics, folder.plot)
+    folder.begin(config, rows)
+    state, finished = _run(config, folder, model, frozen, rows)
+    plots.try_save(lambda: records.plot(folder.metrics), folder.plot)
     if not finished:
         progress.say(f"stopped after step {int(state.step)}; the same command goes on from there")
         return door.INTERRUPTED
@@ -122,12 +124,13 @@ def _rows(config: Config, tokenizer: Tokenizer, read: Read) -> Rows:
     return rows
 
 
-def _run(config: Config, folder: RunFolder, model: Pangu, rows: Rows) -> tuple[State, bool]:
+def _run(
+    config: Config, folder: RunFolder, model: Pangu, frozen: Callable[[str], bool], rows: Rows
+) -> tuple[State, bool]:
     """The last state, and whether it is that of the last step."""
     section = config.run
     optimizer = optimizers.make(config.optimizer, section.steps)
-    names = [name for name, _ in build.named_leaves(model)]
-    state = steps.start(model, optimizer, optimizers.frozen(config.optimizer.freeze, names))
+    state = steps.start(model, optimizer, frozen)
     step = jax.jit(steps.make(_shapes(model), optimizer), donate_argnames="state")
     asked_to_stop: list[bool] = []
     with contextlib.ExitStack() as stack:

@@ -2,8 +2,12 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from pangu_jax import strict
 from pangu_jax.errors import ConfigError
@@ -14,17 +18,23 @@ from train.step import Leaves
 NOT_DECAYED = ("bias", "norm.weight", "router_scale")
 
 
-def schedule(section: OptimizerSection, steps: int) -> optax.Schedule:
-    """The learning rate of each step, counted from 0: linear from 0 to `learning_rate`, then a
-    cosine that ends, at the last step, at `final_fraction` of it.
+def schedule(section: OptimizerSection, steps: int) -> Callable[[Any], Array]:
+    """The learning rate of each step, counted from 0: it rises linearly to `learning_rate` at the
+    last step of the warm-up, and falls along a cosine to `final_fraction` of it at the last of all.
     """
-    return optax.warmup_cosine_decay_schedule(
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=section.learning_rate,
         warmup_steps=section.warmup_steps,
         decay_steps=max(steps, section.warmup_steps + 1),
         end_value=section.learning_rate * section.final_fraction,
     )
+
+    def of_step(step: Any) -> Array:
+        with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+            return jnp.asarray(rate(jnp.asarray(step) + 1), jnp.float32)
+
+    return of_step
 
 
 def make(section: OptimizerSection, steps: int) -> optax.GradientTransformation:
@@ -48,13 +58,16 @@ def _decayed(leaves: Leaves) -> dict[str, bool]:
 def frozen(patterns: Iterable[str], names: Iterable[str]) -> Callable[[str], bool]:
     """Whether a leaf's name matches one of the patterns, with `*` for anything.
 
-    Raises ConfigError for a pattern that matches none of `names`.
+    Raises ConfigError for a pattern that matches none of `names`, or when they all match.
     """
     names, patterns = list(names), list(patterns)
+    is_frozen = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
                 f"optimizer.freeze: no leaf matches {strict.shorten(pattern)}"
                 f"{strict.suggest(pattern, names)} (leaves: {', '.join(names)})"
             )
-    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    if all(map(is_frozen, names)):
+        raise ConfigError("optimizer.freeze: nothing is left to train")
+    return is_frozen

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infer import plots, progress
+from infer import files
 from pangu_jax import strict
-from pangu_jax.errors import ConfigError, InputError, PanguError
+from pangu_jax.errors import ConfigError, PanguError
 from train.step import Metrics
 
 # Losses are shown as they are and averaged over this part of the run (own choice).
@@ -42,7 +41,7 @@ class Record:
         Raises ConfigError for a file that holds something else.
         """
         kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
-        _write_lines(path, kept)
+        files.write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._rate, self._show = rate, show
         self._waiting: tuple[int, Metrics, int] | None = None
@@ -102,39 +101,27 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """The whole file anew, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
-
-
-def plot(metrics: Path, target: Path) -> None:
-    """A picture of the loss and the learning rate; only said so where matplotlib is missing."""
-    try:
-        plots.require(target.name)
-    except InputError as error:
-        progress.say(str(error))
-        return
+def plot(path: Path) -> Any:
+    """A matplotlib figure of the loss and the learning rate in a metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    lines = read(metrics)
+    lines = read(path)
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
     window = max(1, len(losses) // SMOOTHED)
     means = [
         sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))
     ]
-    figure = Figure((7, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="loss of each step")
+    axes.plot(steps, losses, color="lightsteelblue", linewidth=0.7, label="loss of each step")
     axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_ylabel("cross-entropy, nats per token")
     axes.set_ylim(bottom=0)
-    rate = axes.twinx()
+    right = axes.twinx()
     rates = [line["learning_rate"] for line in lines]
-    rate.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(bottom=0)
-    figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.95), frameon=False)
-    plots.save(figure, target)
+    right.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
+    right.set_ylabel("learning rate")
+    right.set_ylim(bottom=0)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure

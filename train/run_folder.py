@@ -1,9 +1,9 @@
 """The folder of a run: claimed by one configuration, and known again by it."""
 
 import hashlib
-import os
 from pathlib import Path
 
+from infer import files
 from pangu_jax import strict
 from pangu_jax.errors import InputError
 from train import config as configs
@@ -24,22 +24,37 @@ class RunFolder:
         self.final = path / "final"
 
     @classmethod
-    def claim(cls, config: Config) -> "RunFolder":
-        """The folder of `config.run.output`: new, empty, or of the same run.
+    def of(cls, config: Config) -> "RunFolder":
+        """The folder of `config.run.output`, untouched: new, empty, or of the same run.
 
         Raises InputError.
         """
         folder = cls(Path(config.run.output))
-        known = folder.path / CONFIG
-        if known.is_file():
+        if (folder.path / CONFIG).is_file():
             folder._check_same(config)
         elif folder.path.exists() and not _is_empty_folder(folder.path):
             raise InputError(
                 f"{folder.path}: exists and is no folder of a run; choose another run.output"
             )
-        folder.path.mkdir(parents=True, exist_ok=True)
-        _write(known, configs.to_toml(config))
         return folder
+
+    def begin(self, config: Config, rows: Rows) -> None:
+        """Writes the configuration, and what tells the data from others.
+
+        Raises InputError where the run began with other data.
+        """
+        digest = hashlib.sha256()
+        for array in (rows.tokens, rows.segments, rows.learn):
+            digest.update(array.tobytes())
+        data = self.path / DATA
+        if data.exists() and strict.read_text(data).strip() != digest.hexdigest():
+            raise InputError(
+                f"{self.path}: the data or the tokenizer changed since the run began; choose "
+                "another run.output"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        files.write(self.path / CONFIG, configs.to_toml(config).encode())
+        files.write(data, f"{digest.hexdigest()}\n".encode())
 
     def _check_same(self, config: Config) -> None:
         table = strict.read_toml(self.path / CONFIG)
@@ -50,27 +65,6 @@ class RunFolder:
                 "or give the same settings to go on"
             )
 
-    def check_data(self, rows: Rows) -> None:
-        """Remembers the run's data, or recognises them. Raises InputError where they changed."""
-        digest = hashlib.sha256()
-        for array in (rows.tokens, rows.segments, rows.learn):
-            digest.update(array.tobytes())
-        file = self.path / DATA
-        if not file.exists():
-            _write(file, digest.hexdigest() + "\n")
-        elif strict.read_text(file).strip() != digest.hexdigest():
-            raise InputError(
-                f"{self.path}: the data or the tokenizer changed since the run began; choose "
-                "another run.output"
-            )
-
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -10,6 +10,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pangu_jax import build
@@ -61,9 +62,10 @@ def merge(like: Pangu, trainable: Leaves, frozen: Leaves) -> Pangu:
 def start(
     model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
 ) -> State:
-    """The state before the first step."""
+    """The state before the first step, placed as every step returns it: a step compiles once."""
     trainable, still = split(model, frozen)
-    return State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
+    state = State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
+    return jax.device_put(state, NamedSharding(model.mesh, PartitionSpec()))
 
 
 def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
@@ -74,9 +76,10 @@ def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
             return objectives.loss(merge(like, trainable, state.frozen), batch)
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
-        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+            updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
-        metrics = Metrics(value, optax.global_norm(grads))
+        metrics = Metrics(value, optax.tree.norm(grads))
         return State(state.step + 1, trainable, state.frozen, moments), metrics
 
     return step

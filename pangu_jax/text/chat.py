@@ -117,12 +117,14 @@ def encode(
     *,
     meta_prompt: bool = False,
     markers: Markers = PUBLISHED,
+    begun: str = "",
 ) -> list[int]:
     """The prompt's token ids, with exactly one BOS: the first id, whatever the template writes.
 
     Every other BOS is dropped, one that a message spells out, too.
 
     template: None is the folder's own, or "hf" where it has none
+    begun: what of the answer is there already, after the prompt
     Arguments and errors otherwise as for `render`.
     """
     if template is None:
@@ -136,7 +138,7 @@ def encode(
         meta_prompt=meta_prompt,
         markers=markers,
     )
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text + begun, add_special_tokens=False)
     bos = tokenizer.bos_id
     return ids if bos is None else [bos, *(id for id in ids if id != bos)]
 

@@ -257,7 +257,7 @@ BAD = [
 def test_a_bad_line_is_named(batch: Batch, line: str, complaint: str) -> None:
     batch.write({"prompt": "good"}, "", line, {"prompt": "good"})
     err = batch.refused()
-    assert err.startswith(f"error: {batch.input}:3: ")
+    assert err.startswith(f"error: {batch.input}, line 3: ")
     assert complaint in err
     assert not batch.output.exists()
 
@@ -265,7 +265,7 @@ def test_a_bad_line_is_named(batch: Batch, line: str, complaint: str) -> None:
 @pytest.mark.usefixtures("unloaded")
 def test_a_line_that_is_not_text_is_named(batch: Batch) -> None:
     batch.input.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    assert f"{batch.input}:2: not UTF-8 text" in batch.refused()
+    assert f"{batch.input}, line 2: not UTF-8" in batch.refused()
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -382,11 +382,11 @@ def test_other_settings_are_refused(answered: Batch, flags: list[str]) -> None:
 
 def test_other_prompts_are_refused(answered: Batch) -> None:
     answered.write({"prompt": "a"}, {"prompt": "c"})
-    assert f"{answered.output}:2: answers another prompt" in answered.refused()
+    assert f"{answered.output}, line 2: answers another prompt" in answered.refused()
     answered.write({"prompt": "b"}, {"prompt": "a"})
-    assert f"{answered.output}:1: answers another prompt" in answered.refused()
+    assert f"{answered.output}, line 1: answers another prompt" in answered.refused()
     answered.write({"prompt": "a", "id": 1}, {"prompt": "b"})
-    assert f"{answered.output}:1: answers another prompt" in answered.refused()
+    assert f"{answered.output}, line 1: answers another prompt" in answered.refused()
     answered.write({"prompt": "a"})
     assert "has more lines than the input" in answered.refused()
 
@@ -395,7 +395,7 @@ def test_other_prompts_are_refused(answered: Batch) -> None:
 def test_garbage_in_the_middle_is_refused(answered: Batch, garbage: bytes) -> None:
     first = answered.output.read_bytes().splitlines(keepends=True)[0]
     answered.output.write_bytes(first + garbage)
-    assert f"{answered.output}:2: " in answered.refused()
+    assert f"{answered.output}, line 2: " in answered.refused()
 
 
 @pytest.mark.usefixtures("played")

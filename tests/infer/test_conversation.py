@@ -26,7 +26,7 @@ from tests import folders
 RAW = {**folders.DENSE, "vocab_size": 1024, "eos_token_id": 15}
 THOUGHT, SPOKEN, ESCAPE = "Let me think.", "The answer is", "\x1b[31m"
 SCRIPT = (
-    "[unused16]", "▁", "L", "et", "▁me", "▁th", "in", "k", ".", "[unused17]",
+    "[unused16]", "▁", "L", "et", "▁m", "e", "▁th", "ink", ".", "[unused17]",
     "▁The", "▁answer", "▁is", "<0x1B>", "[", "3", "1", "m", "[unused10]",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from infer import door
+from infer import door, terminal
 from infer.conversation import Answer, Forgotten
 from infer.terminal import Pipe
 from pangu_jax.text.parse import Reply, Restart, Text, ToolCall

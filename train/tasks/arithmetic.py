@@ -6,8 +6,8 @@ from train.tasks.problem import Problem
 
 
 def add(rng: random.Random, difficulty: int) -> Problem:
-    """Two numbers of up to `difficulty` + 1 digits."""
-    a, b = _number(rng, difficulty + 1), _number(rng, difficulty + 1)
+    """A number of `difficulty` + 1 digits and one of up to as many, in either order."""
+    a, b = rng.sample(_pair(rng, difficulty + 1), 2)
     steps, carry = [], 0
     for x, y in _columns(a, b):
         total = x + y + carry
@@ -18,8 +18,8 @@ def add(rng: random.Random, difficulty: int) -> Problem:
 
 
 def subtract(rng: random.Random, difficulty: int) -> Problem:
-    """A number of up to `difficulty` + 1 digits less a smaller one."""
-    b, a = sorted((_number(rng, difficulty + 1), _number(rng, difficulty + 1)))
+    """A number of `difficulty` + 1 digits less a smaller one."""
+    b, a = sorted(_pair(rng, difficulty + 1))
     steps, borrow = [], 0
     for x, y in _columns(a, b):
         borrowed = x < y + borrow
@@ -30,13 +30,13 @@ def subtract(rng: random.Random, difficulty: int) -> Problem:
 
 
 def multiply(rng: random.Random, difficulty: int) -> Problem:
-    """A number of up to `difficulty` + 1 digits times one digit."""
+    """A number of `difficulty` + 1 digits times one digit."""
     a, b = _number(rng, difficulty + 1), rng.randint(2, 9)
     steps, carry = [], 0
     for x in _digits(a):
-        product = x * b + carry
-        steps.append(f"{x}*{b}+{carry}={product}")
-        carry = product // 10
+        column = x * b + carry
+        steps.append(f"{x}*{b}={x * b} {x * b}+{carry}={column}")
+        carry = column // 10
     return _problem("multiply", difficulty, f"{a} * {b}", steps, a * b, f"{a} {b}")
 
 
@@ -52,9 +52,12 @@ def total(rng: random.Random, difficulty: int) -> Problem:
 
 
 def _number(rng: random.Random, digits: int) -> int:
-    """Of two up to so many digits, every length as often."""
-    length = rng.randint(2, digits)
-    return rng.randint(10 ** (length - 1), 10**length - 1)
+    return rng.randint(10 ** (digits - 1), 10**digits - 1)
+
+
+def _pair(rng: random.Random, digits: int) -> list[int]:
+    """A number of so many digits, and one of two up to so many, every length as often."""
+    return [_number(rng, digits), _number(rng, rng.randint(2, digits))]
 
 
 def _digits(number: int) -> list[int]:

@@ -4,12 +4,12 @@
 
 import itertools
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infer import files as disk
 from infer.progress import say
 from pangu_jax import strict
 from pangu_jax.errors import InputError
@@ -25,8 +25,11 @@ PATIENCE = 200
 
 def run(command: Tasks) -> int:
     """The `tasks` command."""
-    names = command.tasks or tuple(tasks.TASKS)
     folder = Path(command.output)
+    for name in (TRAINING, HELD_OUT):
+        if (folder / name).exists():
+            raise InputError(f"{folder / name}: already exists; choose another folder")
+    names = command.tasks or tuple(tasks.TASKS)
     counts = write(folder, names, command.examples, command.held_out, command.seed)
     for name, count in counts.items():
         say(f"wrote {folder / name}: {count:,} lines")
@@ -42,18 +45,25 @@ def write(
     held_out: different problems of each task and difficulty, or as many as there are
     Raises InputError.
     """
+    names = tuple(dict.fromkeys(names))
     for name in names:
         if name not in tasks.TASKS:
             raise InputError(
                 f"unknown task {strict.shorten(name)}{strict.suggest(name, tasks.TASKS)}"
             )
+    if not names:
+        raise InputError("name at least one task")
     if examples < 0 or held_out < 0:
         raise InputError("--examples and --held-out must be at least 0")
-    folder.mkdir(parents=True, exist_ok=True)
-    return {
-        TRAINING: _write(folder / TRAINING, training(names, examples, seed)),
-        HELD_OUT: _write(folder / HELD_OUT, questions(names, held_out, seed)),
+    lines = {
+        TRAINING: [*training(names, examples, seed)],
+        HELD_OUT: [*questions(names, held_out, seed)],
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in lines.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+        disk.write(folder / name, text.encode())
+    return {name: len(found) for name, found in lines.items()}
 
 
 def training(names: Sequence[str], examples: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -111,14 +121,3 @@ def distinct(problems: Iterable[Problem], most: int) -> Iterator[Problem]:
         vain = 0
         seen.add(problem.key)
         yield problem
-
-
-def _write(path: Path, lines: Iterable[dict[str, Any]]) -> int:
-    """The file, whole or not at all, and its number of lines."""
-    partial = path.with_name(f".{path.name}.partial")
-    count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for count, line in enumerate(lines, 1):  # noqa: B007
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-    return count

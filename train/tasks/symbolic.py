@@ -31,42 +31,43 @@ EDITS = {
 
 
 def sort(rng: random.Random, difficulty: int) -> Problem:
-    """2 * `difficulty` + 2 digits; the steps insert one after the other."""
+    """2 * `difficulty` + 2 digits; the steps are the two halves, sorted."""
     digits = "".join(rng.choices("0123456789", k=2 * difficulty + 2))
-    steps = ["".join(sorted(digits[: i + 1])) for i in range(len(digits))]
-    answer = steps[-1]
+    half = difficulty + 1
+    steps = ["".join(sorted(part)) for part in (digits[:half], digits[half:])]
+    answer = "".join(sorted(digits))
     return Problem("sort", difficulty, f"Sort {digits}.", " ".join(steps), answer, answer)
 
 
 def count(rng: random.Random, difficulty: int) -> Problem:
-    """How often a digit stands among 4 * `difficulty` others; the steps count along."""
-    digits = "".join(rng.choices("0123456789", k=4 * difficulty))
-    wanted = rng.choice("0123456789")
+    """How often a digit stands among 4 * `difficulty`, at most 9 times; the steps count along."""
+    wanted, size = rng.choice("0123456789"), 4 * difficulty
     # About every third digit is the wanted one: otherwise 0 and 1 are nearly always right.
-    digits = "".join(wanted if rng.random() < 0.3 else digit for digit in digits)
-    steps = [f"{digit}:{digits[: i + 1].count(wanted)}" for i, digit in enumerate(digits)]
-    question = f"How many {wanted} are in {digits}?"
-    answer, key = str(digits.count(wanted)), f"{wanted} {digits}"
-    return Problem("count", difficulty, question, " ".join(steps), answer, key)
+    times = min(sum(rng.random() < 0.35 for _ in range(size)), 9)
+    others = rng.choices("0123456789".replace(wanted, ""), k=size - times)
+    digits = "".join(rng.sample([wanted] * times + others, size))
+    steps = "".join(str(digits[: i + 1].count(wanted)) for i in range(size))
+    question, key = f"How many {wanted} are in {digits}?", f"{wanted} {''.join(sorted(digits))}"
+    return Problem("count", difficulty, question, steps, str(times), key)
 
 
 def edit(rng: random.Random, difficulty: int) -> Problem:
-    """`difficulty` edits of five letters; the steps are the string after each."""
+    """`difficulty` edits of five letters; the steps are each edit and what it makes."""
     letters = rng.sample(LETTERS, 5)
     edits = [rng.choice(list(EDITS)) for _ in range(difficulty)]
     question = f"{', '.join(edits)}: {' '.join(letters)}"
     steps, now = [], letters
     for name in edits:
         now = EDITS[name](now)
-        steps.append(" ".join(now))
-    return Problem("edit", difficulty, question, ", ".join(steps), steps[-1], question)
+        steps.append(f"{name} {' '.join(now)}")
+    return Problem("edit", difficulty, question, ", ".join(steps), " ".join(now), question)
 
 
 def date(rng: random.Random, difficulty: int) -> Problem:
-    """So many days after a date of a year that is no leap year: up to 20 * `difficulty` days."""
+    """A date of a year that is no leap year, and days later: about 20 * `difficulty` of them."""
     names = list(MONTHS)
     month = rng.randrange(12)
-    first, days = rng.randint(1, MONTHS[names[month]]), rng.randint(1, 20 * difficulty)
+    first, days = rng.randint(1, MONTHS[names[month]]), 20 * difficulty - rng.randrange(19)
     question = f"What is {days} days after {names[month]} {first}?"
     key = f"{days} {month} {first}"
     day = first + days

@@ -1,0 +1,69 @@
+"""Files as commands read and write them: hostile until checked, whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pangu_jax import strict
+from pangu_jax.errors import ConfigError, InputError
+
+# One line. A document is shorter; what is longer is no JSON lines (own choice).
+MAX_LINE_BYTES = 64 * 2**20
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place of every line, for a complaint, and its JSON object; empty lines are skipped.
+
+    Raises InputError, naming file and line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    with path.open("rb") as file:
+        number = 0
+        while data := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(data) > MAX_LINE_BYTES:
+                raise InputError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
+            try:
+                if text := data.decode().strip():
+                    line = strict.parse_json_object(text, where)
+                    json.dumps(line, ensure_ascii=False).encode()
+                    yield where, line
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: not UTF-8 (byte {error.start})") from None
+            except UnicodeEncodeError:
+                raise InputError(f"{where}: has a lone surrogate, which is not text") from None
+            except ConfigError as error:
+                raise InputError(str(error)) from None
+
+
+def check_target(path: Path) -> None:
+    """Raises InputError if `write` could not make that file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no such folder: {path.parent}")
+    partial = _partial(path)
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Makes the file, or replaces it: whole, or not at all. Links are followed."""
+    partial = _partial(path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, os.path.realpath(path))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")

@@ -1,0 +1,499 @@
+"""Examples from JSON lines: the published template, by hand; a bad line is one line."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pangu_jax
+from infer import files
+from pangu_jax.config import configs_folder
+from pangu_jax.errors import ConfigError, InputError, PanguError
+from train import data
+from train.packing import Example
+
+NANO = configs_folder() / "tokenizers" / "nano"
+BOS, END = 1, 15
+SPECIALS = ["<unk>", "<s>", "</s>", "<|User|>:", "<|Bot|>:", *(f"[unused{i}]" for i in range(34))]
+IDS = {text: id for id, text in enumerate(SPECIALS)}
+
+TITLES = {"system": "系统", "user": "用户", "assistant": "助手", "tool": "工具", "function": "方法"}
+SWITCHES = {None: "", "slow": "", "fast": " /no_think", "auto": " /auto_think"}
+TOOLS = (
+    "你可以使用以下工具，每行一个。需要时以 JSON 列表调用："
+    '[{"name": "工具名", "arguments": {"参数名": "值"}}]'
+)
+
+given_files = settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+TOKENIZER = pangu_jax.Tokenizer.load(NANO)
+PIECES = sentencepiece.SentencePieceProcessor(model_file=str(NANO / "tokenizer.model"))
+
+
+def ids_of(text: str) -> list[int]:
+    """Token ids: SentencePiece's, each run between special tokens by itself."""
+    found: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, SPECIALS))})", text):
+        found += [IDS[part]] if part in IDS else PIECES.encode(part)
+    return found
+
+
+def spoken(message: dict[str, Any]) -> str:
+    """What an assistant says, as the models write it."""
+    text = message.get("content") or ""
+    if message.get("thinking") is not None:
+        text = f"[unused16]{message['thinking']}[unused17]{text}"
+    calls = [{k: call[k] for k in ("name", "arguments")} for call in message.get("tool_calls", ())]
+    if calls:
+        text += f"[unused11]{json.dumps(calls, ensure_ascii=False)}[unused12]"
+    return text
+
+
+def prompt_of(
+    messages: list[dict[str, Any]], think: str | None = None, tools: list[Any] | None = None
+) -> list[int]:
+    """What generation sees after these messages."""
+    messages = [dict(message) for message in messages]
+    for message in reversed(messages):
+        if message["role"] == "user":
+            message["content"] += SWITCHES[think]
+            break
+    # As in the published template, before nothing at all there is no system turn either.
+    if (messages or tools) and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": ""})
+    if tools:
+        lines = "\n".join([TOOLS, *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
+        before = messages[0]["content"]
+        messages[0]["content"] = f"{before}\n\n{lines}" if before else lines
+    said = "".join(f"[unused9]{TITLES[m['role']]}：{spoken(m)}[unused10]" for m in messages)
+    return [BOS, *(id for id in ids_of(f"{said}[unused9]助手：") if id != BOS)]
+
+
+def turns(
+    messages: list[dict[str, Any]], think: str | None = None, tools: list[Any] | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """The prompt of every assistant's message, and what is said there."""
+    return [
+        (prompt_of(messages[:i], think, tools), ids_of(spoken(message) + "[unused10]"))
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+
+
+def learnt(example: Example) -> Iterator[tuple[list[int], list[int]]]:
+    """Every stretch that is learnt, after all that stands before it."""
+    ids, learn = example.ids.tolist(), example.learn.tolist()
+    start = None
+    for place, is_learnt in enumerate([*learn, False]):
+        if is_learnt and start is None:
+            start = place
+        elif not is_learnt and start is not None:
+            yield ids[:start], ids[start:place]
+            start = None
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "data.jsonl"
+
+
+def write(file: Path, *lines: Any) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def conversations(file: Path, *lines: Any) -> list[Example]:
+    write(file, *lines)
+    return list(data.conversations(file, TOKENIZER))
+
+
+def documents(file: Path, length: int, *lines: Any) -> list[Example]:
+    write(file, *lines)
+    return list(data.documents(file, TOKENIZER, length))
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, thinking: str | None = None) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    return message if thinking is None else {**message, "thinking": thinking}
+
+
+# --- conversations
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<["), max_size=12)
+special = st.sampled_from(["[unused16]", "[unused10]", "</s>", "<|Bot|>:", "[unused40]", "<0x41>"])
+# A user may spell out anything, BOS as well; an assistant all but that.
+asked = st.lists(texts | special | st.just("<s>"), max_size=3).map("".join)
+said = st.lists(texts | special, max_size=3).map("".join)
+prompts = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "tool", "function", "system"]), "content": asked}
+)
+answers = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": said},
+    optional={
+        "thinking": said,
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {"name": texts, "arguments": st.dictionaries(texts, texts | st.integers())}
+            ),
+            max_size=2,
+        ),
+    },
+)
+tools = st.none() | st.lists(
+    st.fixed_dictionaries({"name": texts, "description": texts}), max_size=2
+)
+
+
+@given(
+    messages=st.lists(prompts | answers, max_size=6),
+    last=answers,
+    think=st.sampled_from([None, "slow", "fast", "auto"]),
+    tools=tools,
+)
+@given_files
+def test_what_is_learnt_is_what_assistants_say_after_what_generation_sees(
+    file: Path, messages: list[Any], last: Any, think: Any, tools: Any
+) -> None:
+    messages = [*messages, last]
+    found = conversations(file, {"messages": messages, "think": think, "tools": tools})
+    parts = [list(learnt(example)) for example in found]
+    assert all(parts)
+    expected = turns(messages, think, tools)
+    assert [turn for part in parts for turn in part] == expected
+    for example, part in zip(found, parts, strict=True):
+        assert example.ids.dtype == np.int32
+        assert example.learn.dtype == bool
+        assert part[-1][0] + part[-1][1] == example.ids.tolist()
+        assert example.ids.tolist().count(BOS) == 1
+        assert example.ids[-1] == END
+    # Another example begins only where the prompt does not go on from what is there.
+    number = 0
+    for example, part in zip(found, parts[:-1], strict=False):
+        number += len(part)
+        following = expected[number][0]
+        assert following[: example.ids.size] != example.ids.tolist()
+
+
+def test_a_problem_of_tasks_by_hand(file: Path) -> None:
+    line = {"messages": [user("What is 2 + 3?"), assistant("5", "2+3=5")], "think": "slow"}
+    (slow,) = conversations(file, line)
+    prompt = "[unused9]系统：[unused10][unused9]用户：What is 2 + 3?[unused10][unused9]助手："
+    before, answer = [BOS, *ids_of(prompt)], ids_of("[unused16]2+3=5[unused17]5[unused10]")
+    assert slow.ids.tolist() == before + answer
+    assert slow.learn.tolist() == [False] * len(before) + [True] * len(answer)
+    line = {"messages": [user("What is 2 + 3?"), assistant("5", "")], "think": "fast"}
+    (fast,) = conversations(file, line)
+    before = [BOS, *ids_of(prompt.replace("3?", "3? /no_think"))]
+    answer = ids_of("[unused16][unused17]5[unused10]")
+    assert fast.ids.tolist() == before + answer
+    assert fast.learn.tolist() == [False] * len(before) + [True] * len(answer)
+
+
+def test_thoughtful_turns_are_one_example(file: Path) -> None:
+    messages = [user("Hi"), assistant("Ho", "hm"), user("And?"), assistant("No.", "")]
+    for think in (None, "slow"):
+        (example,) = conversations(file, {"messages": messages, "think": think})
+        first, second = learnt(example)
+        assert second[0][: len(first[0] + first[1])] == first[0] + first[1]
+        assert [first, second] == turns(messages)
+
+
+def test_a_switch_that_moves_on_makes_an_example_of_every_turn(file: Path) -> None:
+    messages = [user("Hi"), assistant("Ho", "hm"), user("And?"), assistant("No.", "")]
+    first, second = conversations(file, {"messages": messages, "think": "fast"})
+    ((before, said),) = learnt(first)
+    assert before == prompt_of([user("Hi /no_think")])
+    assert said == ids_of("[unused16]hm[unused17]Ho[unused10]")
+    ((before, said),) = learnt(second)
+    # The first answer is no longer asked for in that way, nor learnt again.
+    assert before == prompt_of([user("Hi"), messages[1], user("And? /no_think")])
+    assert said == ids_of("[unused16][unused17]No.[unused10]")
+
+
+def test_a_switch_that_the_text_has_already_wins(file: Path) -> None:
+    messages = [user("Hi /auto_think "), assistant("Ho", "")]
+    (example,) = conversations(file, {"messages": messages, "think": "fast"})
+    assert list(learnt(example)) == turns(messages)
+
+
+def test_an_assistant_may_be_the_first_and_several_may_follow(file: Path) -> None:
+    messages = [assistant("Hello", "a"), assistant("again", "b"), user("Hi"), assistant("Ho", "c")]
+    first, others = conversations(file, {"messages": messages})
+    assert [*learnt(first), *learnt(others)] == turns(messages)
+    system = [{"role": "system", "content": "Be brief."}]
+    (example,) = conversations(file, {"messages": system + messages})
+    assert list(learnt(example)) == turns(system + messages)
+    assert len(turns(messages)) == 3
+
+
+def test_openai_forms_are_the_same_examples(file: Path) -> None:
+    call = {"name": "look", "arguments": {"at": "天空"}}
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    own = [user("Hi"), {**assistant("", "hm"), "tool_calls": [call]}]
+    other = [
+        {"role": "user", "content": parts},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "look", "arguments": json.dumps(call["arguments"])},
+                }
+            ],
+        },
+    ]
+    tool = {"name": "look", "parameters": {"type": "object"}}
+    found = conversations(
+        file,
+        {"messages": own, "tools": [tool]},
+        {"messages": other, "tools": [{"type": "function", "function": tool}]},
+    )
+    assert [list(learnt(example)) for example in found] == [turns(own, None, [tool])] * 2
+
+
+def test_other_fields_say_nothing(file: Path) -> None:
+    messages = [user("Hi"), assistant("Ho", "")]
+    extra = {"task": "add", "difficulty": 1, "id": [None], "messages": messages}
+    a, b = conversations(file, {"messages": messages}, extra)
+    assert a.ids.tolist() == b.ids.tolist()
+
+
+# --- documents
+
+
+@given(texts=st.lists(said, min_size=1, max_size=4), length=st.integers(1, 9))
+@given_files
+def test_documents_are_cut_and_nothing_is_lost(file: Path, texts: list[str], length: int) -> None:
+    pieces = documents(file, length, *({"text": text, "source": 5} for text in texts))
+    for text in texts:
+        expected = [BOS, *ids_of(text), END]
+        got: list[int] = []
+        while len(got) < len(expected):
+            piece = pieces.pop(0)
+            got += piece.ids.tolist()
+            assert piece.ids.size == length or len(got) == len(expected)
+            assert piece.learn.all()
+            assert piece.learn.shape == piece.ids.shape
+            assert (piece.ids.dtype, piece.learn.dtype) == (np.int32, bool)
+        assert got == expected
+    assert not pieces
+
+
+# --- lines
+
+GOOD_TEXT = {"text": "a"}
+GOOD_TALK = {"messages": [user("a"), assistant("b")]}
+READERS = {
+    "documents": (lambda path: data.documents(path, TOKENIZER, 8), GOOD_TEXT),
+    "conversations": (lambda path: data.conversations(path, TOKENIZER), GOOD_TALK),
+}
+
+
+def refused(reader: str, file: Path, where: str = "") -> str:
+    """The one line that names the file (and the place in it)."""
+    with pytest.raises(PanguError) as caught:
+        list(READERS[reader][0](file))
+    message = str(caught.value)
+    assert type(caught.value) in (InputError, ConfigError)
+    assert re.match(re.escape(f"{file}{where}") + r"( \d+)?: ", message)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    return message
+
+
+NOT_JSON = [
+    (b"{", "not valid JSON"),
+    (b"\0", "not valid JSON"),
+    (b'{"text": "a\0b"}', "not valid JSON"),
+    (b"text", "not valid JSON"),
+    (b"{'text': 'a'}", "not valid JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+    (b'{"text": "a",}', "not valid JSON"),
+    (b'\xef\xbb\xbf{"text": "a"}', "not valid JSON"),
+    (b'{"text": "\xff"}', "not UTF-8 (byte 10)"),
+    ('{"text": "ä"}'.encode("utf-16"), "not UTF-8"),
+    (b"[]", "must be a JSON object, not list"),
+    (b"5", "must be a JSON object, not int"),
+    (b"null", "must be a JSON object"),
+    (b'{"text": "a", "text": "b"}', "'text' appears twice"),
+    (b'{"text": "a", "x": {"b": 1, "b": 1}}', "'b' appears twice"),
+    (b'{"text": "a", "messages": [NaN]}', "NaN"),
+    (b'{"text": 1e999}', "Infinity"),
+    (b'{"x": -Infinity}', "Infinity"),
+    (b'{"x": ' + b"9" * 5000 + b"}", "number too long"),
+    (b"[" * 200_000, "nested too deeply"),
+    (b'{"x": ' + b"[" * 50 + b"]" * 50 + b"}", "nested too deeply"),
+    (b'{"x":' * 200_000, "nested too deeply"),
+    (b'{"text": "\\ud800", "messages": ["\\ud800"]}', "lone surrogate"),
+    (b'{"text": "a", "\\udfff": 5}', "lone surrogate"),
+    (b"{}", "text|messages"),
+    (b'{"Text": "a", "message": []}', "text|messages"),
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("line", "complaint"), NOT_JSON)
+def test_a_line_that_is_no_object_is_named(
+    file: Path, reader: str, line: bytes, complaint: str
+) -> None:
+    good = json.dumps(READERS[reader][1]).encode()
+    for end in (b"\n", b"\r\n", b""):
+        file.write_bytes(good + b"\n  \n" + line + end + (good if end else b""))
+        message = refused(reader, file, ", line 3")
+        assert any(part in message for part in complaint.split("|"))
+
+
+@pytest.mark.parametrize("text", [None, 5, 1.5, True, [], ["a"], {}, {"text": "a"}])
+def test_a_text_must_be_a_string(file: Path, text: Any) -> None:
+    write(file, GOOD_TEXT, {"text": text})
+    assert '"text" must be a string' in refused("documents", file, ", line 2")
+
+
+BAD_TALKS = [
+    ({"messages": None}, "messages must be a list"),
+    ({"messages": "Hi"}, "messages must be a list"),
+    ({"messages": {"role": "assistant"}}, "messages must be a list"),
+    ({"messages": []}, "no message of an assistant"),
+    ({"messages": [user("a")]}, "no message of an assistant"),
+    ({"messages": [user("a"), {"role": "Assistant", "content": "b"}]}, "no message of an assist"),
+    ({"messages": [5]}, "message 1 must be an object with a role"),
+    ({"messages": [user("a"), {"content": "b"}]}, "message 2 must be an object with a role"),
+    ({"messages": [user("a"), {"role": ["assistant"]}]}, "message 2 must be an object with a role"),
+    ({"messages": [user("a"), {"role": "assistant", "content": 5}]}, "message 2: content must be"),
+    ({"messages": [{"role": "user", "content": {}}, assistant("b")]}, "message 1: content must"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("b")]}, "message 1"),
+    ({"messages": [user("a"), {**assistant("b"), "thinking": 5}]}, "message 2: thinking"),
+    ({"messages": [user("a"), {**assistant("b"), "tool_calls": {}}]}, "tool_calls must be a list"),
+    ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{}]}]}, "function with a name"),
+    ({"messages": [assistant("\ud800")]}, "lone surrogate"),
+    ({"messages": [user("\udfff"), assistant("b")]}, "lone surrogate"),
+    ({**GOOD_TALK, "think": "hard"}, "unknown thinking mode"),
+    ({**GOOD_TALK, "think": ""}, "unknown thinking mode"),
+    ({**GOOD_TALK, "think": "a\nb"}, "unknown thinking mode"),
+    ({**GOOD_TALK, "tools": [{}]}, "function with a name"),
+    ({**GOOD_TALK, "tools": [{"name": ["f"]}]}, "function with a name"),
+    ({**GOOD_TALK, "tools": [{"function": 5}]}, "function with a name"),
+]
+
+
+@pytest.mark.parametrize(("line", "complaint"), BAD_TALKS)
+def test_a_conversation_that_is_none_is_named(file: Path, line: Any, complaint: str) -> None:
+    write(file, GOOD_TALK, line, GOOD_TALK)
+    assert complaint in refused("conversations", file, ", line 2")
+
+
+nothing = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+values = st.recursive(
+    nothing | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+roles = st.sampled_from(["user", "assistant", "assistant", "system", "tool", "x"]) | values
+odd_messages = st.dictionaries(
+    st.sampled_from(["content", "thinking", "reasoning_content", "tool_calls", "name"]),
+    values | st.text(max_size=5),
+)
+odd_messages = st.builds(lambda role, rest: {"role": role, **rest}, roles, odd_messages)
+odd_talks = st.builds(
+    lambda messages, rest: {"messages": messages, **rest},
+    values | st.lists(odd_messages, max_size=3),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "think": st.none() | st.text(max_size=4) | st.sampled_from(["fast", "slow", "auto"]),
+            "tools": st.lists(st.dictionaries(st.just("name"), values), max_size=2),
+            "text": values,
+        },
+    ),
+)
+
+
+@given(line=odd_talks | values)
+@given_files
+def test_any_json_is_a_conversation_or_a_complaint(file: Path, line: Any) -> None:
+    write(file, GOOD_TALK, line)
+    try:
+        first, *found = data.conversations(file, TOKENIZER)
+    except PanguError:
+        refused("conversations", file, ", line 2")
+        return
+    assert list(learnt(first)) == turns(GOOD_TALK["messages"])
+    for example in found:
+        assert example.ids[0] == BOS
+        assert not example.learn[0]
+        assert example.learn[-1]
+        assert example.ids[-1] == END
+
+
+@given(line=st.fixed_dictionaries({"text": values}, optional={"x": values}) | values)
+@given_files
+def test_any_json_is_a_document_or_a_complaint(file: Path, line: Any) -> None:
+    write(file, GOOD_TEXT, line)
+    try:
+        _, *found = data.documents(file, TOKENIZER, 8)
+    except PanguError:
+        refused("documents", file, ", line 2")
+        return
+    assert [id for piece in found for id in piece.ids] == [BOS, *ids_of(line["text"]), END]
+
+
+@given(content=st.binary(max_size=60))
+@given_files
+@pytest.mark.parametrize("reader", READERS)
+def test_any_bytes_are_a_complaint(file: Path, reader: str, content: bytes) -> None:
+    file.write_bytes(content + b"x")
+    place = re.match(r", line (\d+): ", refused(reader, file, ", line").removeprefix(str(file)))
+    assert place
+    assert 1 <= int(place[1]) <= content.count(b"\n") + 1
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("ends", [("\n", "\n"), ("\r\n", "\r\n"), ("\n", ""), ("\n \n\n", "\n\n")])
+def test_line_ends_and_empty_lines(file: Path, reader: str, ends: tuple[str, str]) -> None:
+    read, good = READERS[reader]
+    text = json.dumps(good)
+    file.write_bytes(f"{text}{ends[0]}{text}{ends[1]}".encode())
+    assert len(list(read(file))) == 2
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\t\n"])
+def test_an_empty_file_holds_nothing(file: Path, reader: str, content: bytes) -> None:
+    file.write_bytes(content)
+    assert list(READERS[reader][0](file)) == []
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_file_is_named(tmp_path: Path, reader: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "missing.jsonl", tmp_path, tmp_path / "pipe"):
+        refused(reader, path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_line_without_end_is_not_read(file: Path, reader: str, monkeypatch) -> None:
+    read, good = READERS[reader]
+    text = json.dumps(good) + "\n"
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", len(text))
+    file.write_text(text * 2)
+    assert len(list(read(file))) == 2
+    file.write_text(text + " " + text)
+    assert "longer than" in refused(reader, file, ", line 2")
