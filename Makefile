@@ -11,8 +11,8 @@ TYPES := --jaxtyping-packages=pangu_jax,infer,train,beartype.beartype
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r n t; do printf '  make %-10s %s\n' "$$n" "$$t"; done
 
-demo: $(READY)  ## write, load, check and run small random models (a minute or two)
-	$(BIN)/pangu-infer demo
+demo: $(READY)  ## train a nano model to think fast and slow, and examine it (some minutes; ARGS="--model nano-moge")
+	$(BIN)/pangu-train demo $(ARGS)
 
 test: $(READY)  ## the test suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow" $(TYPES) $(ARGS)

@@ -96,15 +96,6 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
-    """Write small random checkpoints, check them and generate from them: needs no weights and no
-    network.
-    """
-
-    output: str = flag("folder for the checkpoints", "runs/demo", metavar="DIR")
-
-
-@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure prefill and decode speed against the bounds of this machine.
 
@@ -146,13 +137,11 @@ COMMANDS = {
     "check": Check,
     "eval": Eval,
     "bench": Bench,
-    "demo": Demo,
 }
 HANDLERS = {
     "Bench": "infer.bench:run",
     "Chat": "infer.chat:run",
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",
-    "Demo": "infer.demo:run",
     "Eval": "infer.evaluation.command:run",
 }

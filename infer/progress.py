@@ -70,6 +70,13 @@ def answering(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[], None]]:
+    """A number that grows by one with every call of the result: nobody knows how far."""
+    with _bar(what, MofNCompleteColumn()) as (bar, task):
+        yield lambda: bar.advance(task)
+
+
+@contextlib.contextmanager
 def training(total: int, done: int) -> Iterator[Callable[[int, float, float], None]]:
     """A bar of steps; call the result with each step, its loss, and tokens per second.
 

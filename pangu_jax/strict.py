@@ -63,7 +63,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         for name, value in pairs:
             if name in found:
                 raise ConfigError(f"{where}: the key {shorten(name)} appears twice")
-            _check_finite(value, f"{where}: {shorten(name)}")
+            _check_finite(value, where, name)
             found[name] = value
         return found
 
@@ -83,7 +83,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_finite(value: Any, where: str) -> None:
+def _check_finite(value: Any, where: str, key: str) -> None:
     """Refuses NaN and infinities, also in lists; without recursion."""
     rest = [value]
     while rest:
@@ -92,7 +92,7 @@ def _check_finite(value: Any, where: str) -> None:
             rest += item
         elif isinstance(item, float) and not math.isfinite(item):
             name = "NaN" if math.isnan(item) else "Infinity"
-            raise ConfigError(f"{where} holds {name}, which is not a number")
+            raise ConfigError(f"{where}: {shorten(key)} holds {name}, which is not a number")
 
 
 def _check_nesting(value: Any, where: str) -> None:

@@ -14,6 +14,7 @@ import pangu_jax
 from infer import cli, commands
 from pangu_jax.text import parse
 from pangu_jax.text.tokenizer import write_preset
+from train import commands as training
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,9 +32,13 @@ SHELL = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 
 def test_commands_parse() -> None:
     ours = [shlex.split(line, comments=True) for line in SHELL if line.startswith("pangu-infer")]
-    assert {words[1] for words in ours} == {"check", "chat", "generate", "bench"}
+    assert {words[1] for words in ours} == {"check", "chat", "generate", "bench", "eval"}
     for words in ours:
         cli.parse("pangu-infer", "", commands.COMMANDS, words[1:])
+    ours = [shlex.split(line, comments=True) for line in SHELL if line.startswith("pangu-train")]
+    assert {words[1] for words in ours} == {"tasks", "sft"}
+    for words in ours:
+        cli.parse("pangu-train", "", training.COMMANDS, words[1:])
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "help", "check", "test-slow"])

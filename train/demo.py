@@ -24,7 +24,7 @@ KINDS = {"nano": "dense, as openPangu-Embedded", "nano-moge": "MoGE, as Pangu Pr
 
 # Own choices: examples, about as many as training goes through once; questions of each task and
 # difficulty, and how many are asked at a time; more tokens than any worked answer has.
-EXAMPLES, HELD_OUT, BATCH, MOST = 60_000, 40, 80, 160
+EXAMPLES, HELD_OUT, BATCH, MOST = 78_000, 40, 80, 160
 
 # The upper difficulties of train.tasks.
 HARD = (3, 4)

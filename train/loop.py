@@ -104,11 +104,13 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
 def _rows(config: Config, tokenizer: Tokenizer, read: Read) -> Rows:
     """The packed data. Examples that are too long are left out, which is told."""
     length, kept, long, longest = config.data.length, [], 0, 0
-    for example in read(config, tokenizer):
-        if example.ids.size > length:
-            long, longest = long + 1, max(longest, example.ids.size)
-        else:
-            kept.append(example)
+    with progress.counting("reading examples") as advance:
+        for example in read(config, tokenizer):
+            advance()
+            if example.ids.size > length:
+                long, longest = long + 1, max(longest, example.ids.size)
+            else:
+                kept.append(example)
     if long:
         progress.say(
             f"{config.data.path}: {long:,} of {long + len(kept):,} examples are longer than "

@@ -117,7 +117,7 @@ def plot(path: Path) -> Any:
     axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     right = axes.twinx()
     rates = [line["learning_rate"] for line in lines]
     right.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")

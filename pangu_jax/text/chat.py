@@ -10,11 +10,13 @@ The published template ships in two forms that differ in `<s>`: "hf" leaves BOS 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pangu_jax import strict
+from pangu_jax.config import configs_folder
 from pangu_jax.errors import InputError
 from pangu_jax.text import messages as conversation
 from pangu_jax.text.markers import PUBLISHED, Markers, Think
@@ -43,8 +45,8 @@ class FolderTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "FolderTemplate | None":
-        """The tokenizer's own template, if its folder has one."""
-        if tokenizer.chat_template is None:
+        """The tokenizer's own template, if it has one that `render` does not know anyway."""
+        if tokenizer.chat_template in (None, _written_out()):
             return None
         bos, eos = (
             "" if id is None else tokenizer.token(id) for id in (tokenizer.bos_id, tokenizer.eos_id)
@@ -58,6 +60,15 @@ class FolderTemplate:
 
 
 Template = Literal["hf", "vllm"] | FolderTemplate
+
+
+@functools.cache
+def _written_out() -> str:
+    """The published template in Jinja, as the tokenizers of this project carry it: a template is a
+    program in a process of its own, and this one need not be run.
+    """
+    file = configs_folder() / "tokenizers" / "chat_template.jinja"
+    return strict.read_text(file)
 
 
 def render(

@@ -1,5 +1,6 @@
 """Examples from JSON lines: the published template, by hand; a bad line is one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,10 +14,10 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pangu_jax
 from infer import files
 from pangu_jax.config import configs_folder
-from pangu_jax.errors import ConfigError, InputError, PanguError
+from pangu_jax.errors import InputError
+from pangu_jax.text.tokenizer import Tokenizer
 from train import data
 from train.packing import Example
 
@@ -38,7 +39,7 @@ given_files = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-TOKENIZER = pangu_jax.Tokenizer.load(NANO)
+TOKENIZER = Tokenizer.load(NANO)
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(NANO / "tokenizer.model"))
 
 
@@ -63,9 +64,9 @@ def spoken(message: dict[str, Any]) -> str:
 
 def prompt_of(
     messages: list[dict[str, Any]], think: str | None = None, tools: list[Any] | None = None
-) -> list[int]:
-    """What generation sees after these messages."""
-    messages = [dict(message) for message in messages]
+) -> str:
+    """What generation sees after these messages: of earlier thoughts, that there were some."""
+    messages = [{**m, "thinking": ""} if m.get("thinking") else dict(m) for m in messages]
     for message in reversed(messages):
         if message["role"] == "user":
             message["content"] += SWITCHES[think]
@@ -78,7 +79,22 @@ def prompt_of(
         before = messages[0]["content"]
         messages[0]["content"] = f"{before}\n\n{lines}" if before else lines
     said = "".join(f"[unused9]{TITLES[m['role']]}：{spoken(m)}[unused10]" for m in messages)
-    return [BOS, *(id for id in ids_of(f"{said}[unused9]助手：") if id != BOS)]
+    return f"{said}[unused9]助手："
+
+
+def cut(prompt: str, said: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of what is said there, made of both together. Without any `<s>` but
+    the first.
+    """
+    before, whole = (
+        [BOS, *(i for i in ids_of(text) if i != BOS)] for text in (prompt, prompt + said)
+    )
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    # A token across the border, which a prompt never ends with: as after any other character.
+    other = ids_of("\x01")
+    assert ids_of("\x01" + said)[: len(other)] == other
+    return before, [i for i in ids_of("\x01" + said)[len(other) :] if i != BOS]
 
 
 def turns(
@@ -86,7 +102,7 @@ def turns(
 ) -> list[tuple[list[int], list[int]]]:
     """The prompt of every assistant's message, and what is said there."""
     return [
-        (prompt_of(messages[:i], think, tools), ids_of(spoken(message) + "[unused10]"))
+        cut(prompt_of(messages[:i], think, tools), f"{spoken(message)}[unused10]")
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
@@ -113,9 +129,9 @@ def write(file: Path, *lines: Any) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def conversations(file: Path, *lines: Any) -> list[Example]:
+def conversations(file: Path, *lines: Any, tokenizer: Tokenizer = TOKENIZER) -> list[Example]:
     write(file, *lines)
-    return list(data.conversations(file, TOKENIZER))
+    return list(data.conversations(file, tokenizer))
 
 
 def documents(file: Path, length: int, *lines: Any) -> list[Example]:
@@ -135,12 +151,12 @@ def assistant(text: str, thinking: str | None = None) -> dict[str, Any]:
 # --- conversations
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<["), max_size=12)
-special = st.sampled_from(["[unused16]", "[unused10]", "</s>", "<|Bot|>:", "[unused40]", "<0x41>"])
-# A user may spell out anything, BOS as well; an assistant all but that.
-asked = st.lists(texts | special | st.just("<s>"), max_size=3).map("".join)
+special = st.sampled_from(
+    ["[unused16]", "[unused10]", "<s>", "</s>", "<|Bot|>:", "[unused40]", "<0x41>", '"', " "]
+)
 said = st.lists(texts | special, max_size=3).map("".join)
 prompts = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "user", "tool", "function", "system"]), "content": asked}
+    {"role": st.sampled_from(["user", "user", "tool", "function", "system"]), "content": said}
 )
 answers = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": said},
@@ -189,40 +205,111 @@ def test_what_is_learnt_is_what_assistants_say_after_what_generation_sees(
         assert following[: example.ids.size] != example.ids.tolist()
 
 
-def test_a_problem_of_tasks_by_hand(file: Path) -> None:
+def written(example: Example) -> str:
+    """The text of an example, what is learnt in braces."""
+    text, done = "", 0
+    for before, said in learnt(example):
+        start, whole = len(TOKENIZER.decode(before)), TOKENIZER.decode(before + said)
+        text += f"{whole[done:start]}{{{whole[start:]}}}"
+        done = len(whole)
+    return text
+
+
+SYSTEM = "<s>[unused9]系统：[unused10]"
+
+
+def test_a_problem_of_tasks(file: Path) -> None:
     line = {"messages": [user("What is 2 + 3?"), assistant("5", "2+3=5")], "think": "slow"}
     (slow,) = conversations(file, line)
-    prompt = "[unused9]系统：[unused10][unused9]用户：What is 2 + 3?[unused10][unused9]助手："
-    before, answer = [BOS, *ids_of(prompt)], ids_of("[unused16]2+3=5[unused17]5[unused10]")
-    assert slow.ids.tolist() == before + answer
-    assert slow.learn.tolist() == [False] * len(before) + [True] * len(answer)
+    assert written(slow) == (
+        f"{SYSTEM}[unused9]用户：What is 2 + 3?[unused10]"
+        "[unused9]助手：{[unused16]2+3=5[unused17]5[unused10]}"
+    )
     line = {"messages": [user("What is 2 + 3?"), assistant("5", "")], "think": "fast"}
     (fast,) = conversations(file, line)
-    before = [BOS, *ids_of(prompt.replace("3?", "3? /no_think"))]
-    answer = ids_of("[unused16][unused17]5[unused10]")
-    assert fast.ids.tolist() == before + answer
-    assert fast.learn.tolist() == [False] * len(before) + [True] * len(answer)
+    assert written(fast) == (
+        f"{SYSTEM}[unused9]用户：What is 2 + 3? /no_think[unused10]"
+        "[unused9]助手：{[unused16][unused17]5[unused10]}"
+    )
 
 
-def test_thoughtful_turns_are_one_example(file: Path) -> None:
-    messages = [user("Hi"), assistant("Ho", "hm"), user("And?"), assistant("No.", "")]
-    for think in (None, "slow"):
-        (example,) = conversations(file, {"messages": messages, "think": think})
-        first, second = learnt(example)
-        assert second[0][: len(first[0] + first[1])] == first[0] + first[1]
-        assert [first, second] == turns(messages)
+@pytest.mark.parametrize("thinking", [None, ""])
+@pytest.mark.parametrize("think", [None, "slow"])
+def test_turns_without_thoughts_are_one_example(file: Path, thinking: Any, think: Any) -> None:
+    messages = [user("Hi"), assistant("Ho", thinking), user("And?"), assistant("No.", thinking)]
+    (example,) = conversations(file, {"messages": messages, "think": think})
+    thought = "" if thinking is None else "[unused16][unused17]"
+    assert written(example) == (
+        f"{SYSTEM}[unused9]用户：Hi[unused10][unused9]助手：{{{thought}Ho[unused10]}}"
+        f"[unused9]用户：And?[unused10][unused9]助手：{{{thought}No.[unused10]}}"
+    )
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_a_thought_is_learnt_and_then_forgotten(file: Path, key: str) -> None:
+    """Every turn is an example of its own, as every prompt is another text."""
+    answers = [{**assistant(text), key: thought} for text, thought in (("Ho", "hm"), ("No.", "so"))]
+    messages = [user("Hi"), answers[0], user("And?"), answers[1]]
+    first, second = conversations(file, {"messages": messages})
+    hi = f"{SYSTEM}[unused9]用户：Hi[unused10][unused9]助手："
+    assert written(first) == f"{hi}{{[unused16]hm[unused17]Ho[unused10]}}"
+    assert written(second) == (
+        f"{hi}[unused16][unused17]Ho[unused10]"
+        "[unused9]用户：And?[unused10][unused9]助手：{[unused16]so[unused17]No.[unused10]}"
+    )
 
 
 def test_a_switch_that_moves_on_makes_an_example_of_every_turn(file: Path) -> None:
-    messages = [user("Hi"), assistant("Ho", "hm"), user("And?"), assistant("No.", "")]
+    messages = [user("Hi"), assistant("Ho"), user("And?"), assistant("No.")]
     first, second = conversations(file, {"messages": messages, "think": "fast"})
-    ((before, said),) = learnt(first)
-    assert before == prompt_of([user("Hi /no_think")])
-    assert said == ids_of("[unused16]hm[unused17]Ho[unused10]")
-    ((before, said),) = learnt(second)
+    hi = f"{SYSTEM}[unused9]用户：Hi"
+    assert written(first) == f"{hi} /no_think[unused10][unused9]助手：{{Ho[unused10]}}"
     # The first answer is no longer asked for in that way, nor learnt again.
-    assert before == prompt_of([user("Hi"), messages[1], user("And? /no_think")])
-    assert said == ids_of("[unused16][unused17]No.[unused10]")
+    assert written(second) == (
+        f"{hi}[unused10][unused9]助手：Ho[unused10]"
+        "[unused9]用户：And? /no_think[unused10][unused9]助手：{No.[unused10]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        *((text, text) for text in ("x", " x", "  x", "\nx", "你", "：", '"', '"x"', '" x', "")),
+        # Whatever comes after a special token gets a space, also where that is dropped.
+        ("x<s>y", "x y"),
+        ('"<s>x', '" x'),
+        ("x<s>", "x"),
+        ("<s>", ""),
+    ],
+)
+def test_an_answer_is_learnt_as_it_is(file: Path, text: str, shown: str) -> None:
+    """No space before it and no `<s>` in it, whatever tokens it could share with the prompt."""
+    (example,) = conversations(file, {"messages": [user("a"), assistant(text)]})
+    prompt = "[unused9]系统：[unused10][unused9]用户：a[unused10][unused9]助手："
+    ((before, _),) = learnt(example)
+    assert before == [BOS, *ids_of(prompt)]
+    assert written(example) == f"<s>{prompt}{{{shown}[unused10]}}"
+    assert example.ids.tolist().count(BOS) == 1
+
+
+@pytest.mark.parametrize("end", [":", ": "])
+def test_a_template_of_its_own(file: Path, end: str) -> None:
+    source = "{{ bos_token }}{% for m in messages %}{{ m.role }}END{{ m.content }}\n{% endfor %}"
+    source += "{% if add_generation_prompt %}assistantEND{% endif %}"
+    tokenizer = dataclasses.replace(TOKENIZER, chat_template=source.replace("END", end))
+    messages = [user("Hi"), assistant("Ho"), user("And?"), assistant("No.")]
+    first, second = conversations(file, {"messages": messages}, tokenizer=tokenizer)
+    assert written(first) == f"<s>user{end}Hi\nassistant{end}{{Ho[unused10]}}"
+    before = f"<s>user{end}Hi\nassistant{end}Ho\nuser{end}And?\n"
+    assert written(second) == f"{before}assistant{end}{{No.[unused10]}}"
+
+
+def test_a_template_that_complains_names_the_line(file: Path) -> None:
+    source = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    tokenizer = dataclasses.replace(TOKENIZER, chat_template=source)
+    write(file, GOOD_TALK, {"messages": [user("a"), user("b"), assistant("c")]})
+    with pytest.raises(InputError, match=r"data\.jsonl, line 2: chat template: .*alternate"):
+        list(data.conversations(file, tokenizer))
 
 
 def test_a_switch_that_the_text_has_already_wins(file: Path) -> None:
@@ -232,13 +319,17 @@ def test_a_switch_that_the_text_has_already_wins(file: Path) -> None:
 
 
 def test_an_assistant_may_be_the_first_and_several_may_follow(file: Path) -> None:
-    messages = [assistant("Hello", "a"), assistant("again", "b"), user("Hi"), assistant("Ho", "c")]
+    messages = [assistant("Hello"), assistant("again"), user("Hi"), assistant("Ho")]
     first, others = conversations(file, {"messages": messages})
-    assert [*learnt(first), *learnt(others)] == turns(messages)
-    system = [{"role": "system", "content": "Be brief."}]
-    (example,) = conversations(file, {"messages": system + messages})
-    assert list(learnt(example)) == turns(system + messages)
-    assert len(turns(messages)) == 3
+    assert written(first) == "<s>[unused9]助手：{Hello[unused10]}"
+    talk = "{again[unused10]}[unused9]用户：Hi[unused10][unused9]助手：{Ho[unused10]}"
+    assert written(others) == f"{SYSTEM}[unused9]助手：Hello[unused10][unused9]助手：{talk}"
+    system = {"role": "system", "content": "Be brief."}
+    (example,) = conversations(file, {"messages": [system, *messages]})
+    assert written(example) == (
+        "<s>[unused9]系统：Be brief.[unused10][unused9]助手：{Hello[unused10]}"
+        f"[unused9]助手：{talk}"
+    )
 
 
 def test_openai_forms_are_the_same_examples(file: Path) -> None:
@@ -309,10 +400,9 @@ READERS = {
 
 def refused(reader: str, file: Path, where: str = "") -> str:
     """The one line that names the file (and the place in it)."""
-    with pytest.raises(PanguError) as caught:
+    with pytest.raises(InputError) as caught:
         list(READERS[reader][0](file))
     message = str(caught.value)
-    assert type(caught.value) in (InputError, ConfigError)
     assert re.match(re.escape(f"{file}{where}") + r"( \d+)?: ", message)
     assert len(message.splitlines()) == 1
     assert message.isprintable()
@@ -373,8 +463,11 @@ BAD_TALKS = [
     ({"messages": {"role": "assistant"}}, "messages must be a list"),
     ({"messages": []}, "no message of an assistant"),
     ({"messages": [user("a")]}, "no message of an assistant"),
-    ({"messages": [user("a"), {"role": "Assistant", "content": "b"}]}, "no message of an assist"),
-    ({"messages": [5]}, "message 1 must be an object with a role"),
+    ({"messages": [user("a"), {"role": "Assistant"}]}, "did you mean assistant?"),
+    ({"messages": [*GOOD_TALK["messages"], {"role": "usr"}]}, "message 3: unknown role 'usr'; did"),
+    ({"messages": [{"role": "\x1b"}, assistant("b")]}, "message 1: unknown role '\\x1b'"),
+    ({"messages": [{"role": ""}, assistant("b")]}, "message 1: unknown role ''"),
+    ({"messages": [5]}, "messages[0] must be an object, not 5"),
     ({"messages": [user("a"), {"content": "b"}]}, "message 2 must be an object with a role"),
     ({"messages": [user("a"), {"role": ["assistant"]}]}, "message 2 must be an object with a role"),
     ({"messages": [user("a"), {"role": "assistant", "content": 5}]}, "message 2: content must be"),
@@ -385,9 +478,12 @@ BAD_TALKS = [
     ({"messages": [user("a"), {**assistant("b"), "tool_calls": [{}]}]}, "function with a name"),
     ({"messages": [assistant("\ud800")]}, "lone surrogate"),
     ({"messages": [user("\udfff"), assistant("b")]}, "lone surrogate"),
-    ({**GOOD_TALK, "think": "hard"}, "unknown thinking mode"),
-    ({**GOOD_TALK, "think": ""}, "unknown thinking mode"),
-    ({**GOOD_TALK, "think": "a\nb"}, "unknown thinking mode"),
+    *(
+        ({**GOOD_TALK, "think": think}, "think must be one of fast, slow, auto; not ")
+        for think in ("hard", "", "a\nb", ["fast"], False, 0, {"fast": "slow"})
+    ),
+    *(({**GOOD_TALK, "tools": tools}, "tools must be a list") for tools in ({}, "x", 5, False)),
+    ({**GOOD_TALK, "tools": [{"name": "f"}, 5]}, "tools[1] must be an object, not 5"),
     ({**GOOD_TALK, "tools": [{}]}, "function with a name"),
     ({**GOOD_TALK, "tools": [{"name": ["f"]}]}, "function with a name"),
     ({**GOOD_TALK, "tools": [{"function": 5}]}, "function with a name"),
@@ -432,7 +528,7 @@ def test_any_json_is_a_conversation_or_a_complaint(file: Path, line: Any) -> Non
     write(file, GOOD_TALK, line)
     try:
         first, *found = data.conversations(file, TOKENIZER)
-    except PanguError:
+    except InputError:
         refused("conversations", file, ", line 2")
         return
     assert list(learnt(first)) == turns(GOOD_TALK["messages"])
@@ -449,7 +545,7 @@ def test_any_json_is_a_document_or_a_complaint(file: Path, line: Any) -> None:
     write(file, GOOD_TEXT, line)
     try:
         _, *found = data.documents(file, TOKENIZER, 8)
-    except PanguError:
+    except InputError:
         refused("documents", file, ", line 2")
         return
     assert [id for piece in found for id in piece.ids] == [BOS, *ids_of(line["text"]), END]

@@ -1,6 +1,7 @@
 """Runs: kept, stopped, killed and gone on with to the same bits, and refused in one line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,48 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "run" / "final").exists()
     assert sft(home, tmp_path / "run") == 0
     same(tmp_path / "run", whole)
+
+
+def test_killed_while_the_end_is_written(
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(model: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pangu_jax, "save_hf", kill)
+        with pytest.raises(Killed):
+            sft(home, tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
+    assert sft(home, tmp_path / "run") == 0
+    same(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_is_one_line(home: Path, whole: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    toml = tmp_path / "run" / "config.toml"
+    toml.write_text(toml.read_text().replace(str(whole), str(tmp_path / "run")))
+    for file in (tmp_path / "run" / "checkpoints" / "6").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:200])
+    assert sft(home, tmp_path / "run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'run' / 'checkpoints' / '6'}: ")
+    assert "remove it" in error
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert sft(home, tmp_path / "run") == 0
+    same(tmp_path / "run", whole)
+
+
+def test_a_mistake_leaves_no_folder(home: Path, tmp_path: Path, capsys) -> None:
+    """So that the corrected command is not another run's."""
+    missing = ("--data.path", str(tmp_path / "missing.jsonl"))
+    assert sft(home, tmp_path / "run", *missing) == 2
+    assert sft(home, tmp_path / "run", "--optimizer.freeze", "x") == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_saves_and_goes_on(

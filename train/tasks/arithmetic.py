@@ -21,11 +21,10 @@ def subtract(rng: random.Random, difficulty: int) -> Problem:
     """A number of `difficulty` + 1 digits less a smaller one."""
     b, a = sorted(_pair(rng, difficulty + 1))
     steps, borrow = [], 0
-    for x, y in _columns(a, b):
-        borrowed = x < y + borrow
-        x += 10 * borrowed
-        steps.append(f"{x}-{y}-{borrow}={x - y - borrow}")
-        borrow = int(borrowed)
+    for x, y in _columns(a, b):  # ten is always borrowed, and stays where it was not needed
+        rest = 10 + x - y - borrow
+        steps.append(f"{10 + x}-{y}-{borrow}={rest}")
+        borrow = int(rest < 10)
     return _problem("subtract", difficulty, f"{a} - {b}", steps, a - b, f"{a} {b}")
 
 

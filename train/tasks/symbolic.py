@@ -5,6 +5,8 @@ import random
 from train.tasks.problem import Problem
 
 LETTERS = "abcdefgh"
+EARLY, LATE = "abcdefghiklm", "nopqrstuvwxy"
+"""Before n, and from n on."""
 
 MONTHS = {
     "January": 31,
@@ -40,15 +42,16 @@ def sort(rng: random.Random, difficulty: int) -> Problem:
 
 
 def count(rng: random.Random, difficulty: int) -> Problem:
-    """How often a digit stands among 4 * `difficulty`, at most 9 times; the steps count along."""
-    wanted, size = rng.choice("0123456789"), 4 * difficulty
-    # About every third digit is the wanted one: otherwise 0 and 1 are nearly always right.
-    times = min(sum(rng.random() < 0.35 for _ in range(size)), 9)
-    others = rng.choices("0123456789".replace(wanted, ""), k=size - times)
-    digits = "".join(rng.sample([wanted] * times + others, size))
-    steps = "".join(str(digits[: i + 1].count(wanted)) for i in range(size))
-    question, key = f"How many {wanted} are in {digits}?", f"{wanted} {''.join(sorted(digits))}"
-    return Problem("count", difficulty, question, steps, str(times), key)
+    """How many of 4 * `difficulty` letters come before n; the steps count along."""
+    size = 4 * difficulty
+    # Every number of them as often: otherwise the middle ones are too good a guess.
+    early = rng.randint(max(0, size - len(LATE)), min(size, len(EARLY)))
+    letters = rng.sample(EARLY, early) + rng.sample(LATE, size - early)
+    rng.shuffle(letters)
+    so_far = [sum(letter in EARLY for letter in letters[: i + 1]) for i in range(size)]
+    steps = " ".join(f"{letter}{count}" for letter, count in zip(letters, so_far, strict=True))
+    question, key = f"How many of {' '.join(letters)} come before n?", "".join(sorted(letters))
+    return Problem("count", difficulty, question, steps, str(early), key)
 
 
 def edit(rng: random.Random, difficulty: int) -> Problem:
