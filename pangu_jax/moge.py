@@ -159,7 +159,8 @@ def _add(stack: Array, expert: Array, part: Array) -> Array:
 
 
 def _block_size(pairs: int, experts: int) -> int:
-    """About the mean number of tokens per expert, a power of two up to 256: until then there are at
-    most twice as many blocks as experts.
+    """Up to 64 pairs per expert on average, about as many as that: there are at most twice as many
+    blocks as experts. Beyond, a quarter: little is computed in vain (measured; docs/benchmarks.md).
     """
-    return min(256, 1 << max(0, (pairs // experts) - 1).bit_length())
+    mean = 1 << max(0, (pairs // experts) - 1).bit_length()
+    return mean if mean <= 64 else min(256, max(64, mean // 4))

@@ -30,8 +30,7 @@ from train.packing import Rows
 
 # A repeat has as many steps as last so long (seconds).
 REPEAT = 0.5
-# Steps whose losses are compared with a peer's: the default learning rate of the first is 0, so
-# that the third is the first to see what a gradient has changed.
+# Steps whose losses are compared: from the second on they show what the gradients changed.
 COMPARED = 3
 TOLERANCE = 1e-4
 # How long a run the schedule of the learning rate takes this for.

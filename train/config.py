@@ -121,7 +121,6 @@ def load(name: str, overrides: Overrides) -> Config:
         if not isinstance(table.setdefault(section, {}), dict):
             raise ConfigError(f"{path}: {section} must be a table")
         table[section] = {**table[section], **values}
-    _check_text(overrides)
     # What training begins with is one choice: another one on the command line replaces it.
     begin = overrides.get("model", {})
     for one, others in (("path", ("preset", "tokenizer")), ("preset", ("path",))):
@@ -129,17 +128,18 @@ def load(name: str, overrides: Overrides) -> Config:
             for other in set(others) - set(begin):
                 table["model"].pop(other, None)
     where = f"{path} and the command line" if overrides else str(path)
-    return strict.build(Config, table, where)
+    config = strict.build(Config, table, where)
+    _check_text(config)
+    return config
 
 
-def _check_text(overrides: Overrides) -> None:
-    """Raises ConfigError for what could not be written into a TOML file."""
-    for section, values in overrides.items():
+def _check_text(config: Config) -> None:
+    """Raises ConfigError for what no file can be called, or no TOML file can hold."""
+    for section, values in dataclasses.asdict(config).items():
         for name, value in values.items():
-            try:
-                str(value).encode()
-            except UnicodeEncodeError:
-                raise ConfigError(f"{section}.{name}: not UTF-8 text") from None
+            text = json.dumps(value, ensure_ascii=False)
+            if "\\u0000" in text or any("\ud800" <= char <= "\udfff" for char in text):
+                raise ConfigError(f"{section}.{name}: not text: {strict.describe(value)}")
 
 
 def to_toml(config: Config) -> str:

@@ -21,6 +21,9 @@ from pangu_jax.text.markers import Markers, Think
 from pangu_jax.text.tokenizer import Tokenizer
 from train.packing import Example
 
+# No tokenizer has a piece of this and something else.
+SOMETHING = "\x01"
+
 
 def documents(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Example]:
     """The documents of {"text": ...} lines, every token to be learnt, in pieces of `length`.
@@ -99,7 +102,7 @@ def _turns(talk: _Talk, tokenizer: Tokenizer, markers: Markers) -> Iterator[Exam
         prompt, said = encode(), message.text(markers) + markers.turn_end
         whole = encode(begun=said)
         if whole[: len(prompt)] != prompt:  # a token across the border: generation has none
-            whole = prompt + tokenizer.encode(said, add_special_tokens=False)
+            whole = prompt + _going_on(tokenizer, said)
         if ids and prompt[: len(ids)] != ids:
             yield Example(np.array(ids, np.int32), np.array(learn))
             ids, learn = [], []
@@ -109,7 +112,18 @@ def _turns(talk: _Talk, tokenizer: Tokenizer, markers: Markers) -> Iterator[Exam
         yield Example(np.array(ids, np.int32), np.array(learn))
 
 
+def _going_on(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that something goes before, without those of that and without BOS."""
+    before = tokenizer.encode(SOMETHING, add_special_tokens=False)
+    ids = tokenizer.encode(SOMETHING + text, add_special_tokens=False)
+    if ids[: len(before)] == before:
+        ids = ids[len(before) :]
+    else:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    return [id for id in ids if id != tokenizer.bos_id]
+
+
 def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
     """The message as a chat remembers it: that there was thinking, not what it was."""
-    thoughts = [key for key in ("thinking", "reasoning_content") if message.get(key) is not None]
-    return {**message, **dict.fromkeys(thoughts, "")}
+    thoughts = [key for key in ("thinking", "reasoning_content") if key in message]
+    return {**message, **{key: "" if message[key] else None for key in thoughts}}

@@ -22,9 +22,9 @@ from train.tasks import files as task_files
 
 KINDS = {"nano": "dense, as openPangu-Embedded", "nano-moge": "MoGE, as Pangu Pro MoE"}
 
-# Own choices: examples, about as many as training goes through once; questions of each task and
+# Own choices: examples for every step, about as many as it takes; questions of each task and
 # difficulty, and how many are asked at a time; more tokens than any worked answer has.
-EXAMPLES, HELD_OUT, BATCH, MOST = 78_000, 40, 80, 160
+EXAMPLES, HELD_OUT, BATCH, MOST = 20, 40, 80, 160
 
 # The upper difficulties of train.tasks.
 HARD = (3, 4)
@@ -36,8 +36,9 @@ def run(command: Demo) -> int:
     folder = Path(command.output) / f"{command.model}-{command.seed}"
     config = configuration(command, folder)
     _introduce(command)
+    examples = EXAMPLES * config.run.steps
     counts = task_files.write(
-        folder / "tasks", tuple(tasks.TASKS), EXAMPLES, HELD_OUT, command.seed
+        folder / "tasks", tuple(tasks.TASKS), examples, HELD_OUT, command.seed
     )
     say(
         f"{counts[task_files.TRAINING]:,} examples; {counts[task_files.HELD_OUT]:,} questions are "
@@ -60,13 +61,12 @@ def run(command: Demo) -> int:
 
 
 def configuration(command: Demo, folder: Path) -> Config:
-    """configs/train/nano.toml with this demo's model, data and folder."""
+    """The model's recipe in configs/train, with this demo's data and folder."""
     overrides = {
-        "model": {"preset": command.model},
         "data": {"path": str(folder / "tasks" / task_files.TRAINING)},
         "run": {"output": str(folder / "run"), "seed": command.seed},
     }
-    return configs.load("nano", overrides)
+    return configs.load(command.model, overrides)
 
 
 def _introduce(command: Demo) -> None:
@@ -78,7 +78,7 @@ def _introduce(command: Demo) -> None:
 
 
 def _evaluate(final: Path, folder: Path) -> Evaluation:
-    """The answers to the held-out questions, also in eval.json and accuracy.png."""
+    """The answers to the held-out questions; also eval.json, answers.jsonl and accuracy.png."""
     model, tokenizer = pangu_jax.load(final), Tokenizer.load(final)
     asked = problems.read(folder / "tasks" / task_files.HELD_OUT)
     with progress.answering(2 * len(asked), 0) as advance:
@@ -87,6 +87,7 @@ def _evaluate(final: Path, folder: Path) -> Evaluation:
         )
     text = json.dumps({"model": str(final), **found.as_json()}, ensure_ascii=False)
     files.write(folder / "eval.json", text.encode())
+    files.write(folder / "answers.jsonl", found.answers_as_lines().encode())
     plots.try_save(lambda: report.figure(found), folder / "accuracy.png")
     return found
 

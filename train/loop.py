@@ -5,6 +5,7 @@ bits as a run that was never stopped: the data of a step depend on its number an
 """
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,12 +63,13 @@ def train(config: Config, read: Read) -> int:
 
 def batch_rows(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
     """The rows of a step (counted from 0): one shuffled pass over all rows after another."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    order = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(rows)
-        for epoch in set((places // rows).tolist())
-    }
-    return np.array([order[place // rows][place % rows] for place in places.tolist()])
+    places = range(step * batch, (step + 1) * batch)
+    return np.array([_order(rows, seed, place // rows)[place % rows] for place in places])
+
+
+@functools.lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def tokenizer_folder(config: Config) -> Path:

@@ -152,13 +152,15 @@ def _adamw(weights: Tensors, section: OptimizerSection) -> torch.optim.AdamW:
 
 
 def _schedule(section: OptimizerSection, steps: int) -> Callable[[int], float]:
-    """The learning rate of a step as a part of the highest: a line up, then half a cosine down."""
+    """The learning rate of a step as a part of the highest: a line up to the last step of the
+    warm-up, then half a cosine down to the last of all.
+    """
     warm, last = section.warmup_steps, section.final_fraction
 
     def part(step: int) -> float:
         if step < warm:
-            return step / warm
-        done = min((step - warm) / max(steps - warm, 1), 1.0)
+            return (step + 1) / warm
+        done = min((step + 1 - warm) / max(steps - warm, 1), 1.0)
         return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
     return part

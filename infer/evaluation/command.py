@@ -234,7 +234,6 @@ def _write_files(command: Eval, evaluation: Evaluation, text: str) -> None:
     if command.output is not None:
         files.write(Path(command.output), f"{text}\n".encode())
     if command.answers is not None:
-        lines = [json.dumps(each.as_json(), ensure_ascii=False) for each in evaluation.answers]
-        files.write(Path(command.answers), "".join(f"{line}\n" for line in lines).encode())
+        files.write(Path(command.answers), evaluation.answers_as_lines().encode())
     if command.plot is not None:
         plots.save(report.figure(evaluation), Path(command.plot))

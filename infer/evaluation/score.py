@@ -1,6 +1,7 @@
 """Answers to scores: which are right, how often, and within what bounds."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -132,6 +133,11 @@ class Evaluation:
             "scores": [score.as_json() for score in self.scores],
             "speed": [speed.as_json() for speed in self.speed],
         }
+
+    def answers_as_lines(self) -> str:
+        """The answers as JSON lines."""
+        lines = [json.dumps(each.as_json(), ensure_ascii=False) for each in self.answers]
+        return "".join(f"{line}\n" for line in lines)
 
 
 def correct(answer: str, expected: str) -> bool:

@@ -35,7 +35,7 @@ steps = 200
 """
 
 given_files = settings(
-    max_examples=50,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -62,30 +62,40 @@ def numbers(low: float, high: float, **bounds: bool) -> st.SearchStrategy[float]
     return st.floats(low, high, allow_nan=False, allow_infinity=False, **bounds)
 
 
-def whole(low: int) -> st.SearchStrategy[int]:
-    return st.integers(low, 10**6) | st.integers(low, 2**70)
+def whole(low: int, high: int = 2**70) -> st.SearchStrategy[int]:
+    return st.integers(low, 1000) | st.integers(low, high)
 
 
 def table_of(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(fields)
 
 
+def with_steps_to_warm_up(table: dict[str, Any]) -> dict[str, Any]:
+    table["optimizer"]["warmup_steps"] %= table["run"]["steps"] + 1
+    return table
+
+
 # As in a file, and not the dataclasses: run-time type checks draw random numbers of their own.
 tables = table_of(
     model=table_of(preset=texts, tokenizer=texts) | table_of(path=texts),
     data=table_of(path=texts, length=whole(2), batch=whole(1)),
-    run=table_of(output=texts, steps=whole(1), save_every=whole(1), seed=st.integers(0, 2**31 - 1)),
+    run=table_of(
+        output=texts,
+        steps=whole(1, 2**24),
+        save_every=whole(1, 2**24),
+        seed=whole(0, 2**31 - 1),
+    ),
     optimizer=table_of(
         learning_rate=numbers(0, 1e300, exclude_min=True),
         final_fraction=numbers(0, 1),
-        warmup_steps=whole(0),
+        warmup_steps=whole(0, 2**24),
         beta1=numbers(0, 1, exclude_max=True),
         beta2=numbers(0, 1, exclude_max=True),
         weight_decay=numbers(0, 1e300),
         clip_norm=numbers(0, 1e300, exclude_min=True),
         freeze=st.lists(texts, max_size=3),
     ),
-).filter(lambda table: table["optimizer"]["warmup_steps"] <= table["run"]["steps"])
+).map(with_steps_to_warm_up)
 
 KINDS = {
     "model": ModelSection,
@@ -119,6 +129,14 @@ def fields(of: Config) -> dict[tuple[str, str], Any]:
 def file(tmp_path: Path) -> Path:
     (tmp_path / "run.toml").write_text(LEAST)
     return tmp_path / "run.toml"
+
+
+def toml(table: dict[str, dict[str, Any]]) -> str:
+    return "\n".join(
+        line
+        for section, values in table.items()
+        for line in (f"[{section}]", *(f"{k} = {v!r}" for k, v in values.items()))
+    )
 
 
 def refused(name: Path | str, overrides: Any = None) -> str:
@@ -222,8 +240,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 BAD = {
     ("data", "length"): (1, 0, -5),
     ("data", "batch"): (0, -1),
-    ("run", "steps"): (0, -1),
-    ("run", "save_every"): (0, -1),
+    ("run", "steps"): (0, -1, 2**24 + 1, 2**70),
+    ("run", "save_every"): (0, -1, 2**24 + 1),
     ("run", "seed"): (-1, 2**31),
     ("optimizer", "learning_rate"): (0.0, -1e-9, math.inf, math.nan),
     ("optimizer", "final_fraction"): (-1e-9, 1.0001, math.nan),
@@ -236,8 +254,8 @@ BAD = {
 GOOD = {
     ("data", "length"): (2,),
     ("data", "batch"): (1,),
-    ("run", "steps"): (100,),
-    ("run", "save_every"): (1, 10**9),
+    ("run", "steps"): (100, 2**24),
+    ("run", "save_every"): (1, 2**24),
     ("run", "seed"): (0, 2**31 - 1),
     ("optimizer", "learning_rate"): (1e-300,),
     ("optimizer", "final_fraction"): (0.0, 1.0),
@@ -253,8 +271,12 @@ GOOD = {
 def test_every_bound(file: Path, place: tuple[str, str], value: Any) -> None:
     section, name = place
     message = refused(file, {section: {name: value}})
-    assert message.startswith(f"{file}: ")
+    assert message.startswith(f"{file} and the command line: ")
     assert name in message
+    table = tomllib.loads(LEAST)
+    table.setdefault(section, {})[name] = value
+    file.write_text(toml(table))
+    assert refused(file) == message.replace(" and the command line", "")
 
 
 @pytest.mark.parametrize(("place", "value"), [(p, v) for p, vs in GOOD.items() for v in vs])
@@ -291,11 +313,15 @@ def test_what_training_begins_with_is_one_thing(
 def test_overrides_win_and_the_rest_stays(
     file: Path, written: dict[str, Any], other: dict[str, Any], data: st.DataObject
 ) -> None:
-    # A path does not replace a preset: only fields that the file's model has, too.
-    places = [(s, n) for s in written for n in other[s] if n in written[s]]
-    chosen = data.draw(st.lists(st.sampled_from(sorted(places)), unique=True))
-    overrides: dict[str, dict[str, Any]] = {}
+    # Of a model of another kind, all or nothing.
+    kinds_differ = written["model"].keys() != other["model"].keys()
+    places = [(s, n) for s in written for n in other[s] if s != "model" or not kinds_differ]
+    chosen = set(data.draw(st.lists(st.sampled_from(sorted(places)))))
     expected = {section: dict(values) for section, values in written.items()}
+    if kinds_differ and data.draw(st.booleans()):
+        chosen |= {("model", name) for name in other["model"]}
+        expected["model"] = {}
+    overrides: dict[str, dict[str, Any]] = {}
     for section, name in chosen:
         overrides.setdefault(section, {})[name] = other[section][name]
         expected[section][name] = other[section][name]
@@ -304,14 +330,55 @@ def test_overrides_win_and_the_rest_stays(
     assert config.load(str(file), overrides) == made(expected)
 
 
-def test_overrides_of_what_the_file_does_not_have(file: Path) -> None:
-    found = config.load(str(file), {"optimizer": {"beta1": 0.5}, "data": {"batch": 2}})
-    assert (found.optimizer.beta1, found.data.batch, found.data.path) == (0.5, 2, "data.jsonl")
-    assert "did you mean optimizer?" in refused(file, {"optimiser": {"beta1": 0.5}})
-    assert "did you mean beta1?" in refused(file, {"optimizer": {"beta_1": 0.5}})
-    assert "must be an integer" in refused(file, {"run": {"steps": "5"}})
-    file.write_text("run = 5\n")
-    assert "run must be a table" in refused(file, {"run": {"steps": 5}})
+PRESET, FOLDER = {"preset": "nano", "tokenizer": "nano"}, {"path": "folder"}
+
+
+@pytest.mark.parametrize(
+    ("written", "overrides", "expected"),
+    [
+        (PRESET, {"path": "x"}, {"path": "x"}),
+        (PRESET, {"preset": "x"}, {"preset": "x", "tokenizer": "nano"}),
+        (PRESET, {"tokenizer": "x"}, {"preset": "nano", "tokenizer": "x"}),
+        (PRESET, {"path": "x", "tokenizer": "y"}, "a folder brings its own"),
+        (PRESET, {"path": "x", "preset": "y"}, "give either preset or path"),
+        (PRESET, {"path": "x", **PRESET}, "give either preset or path"),
+        (FOLDER, {"path": "x"}, {"path": "x"}),
+        (FOLDER, {"preset": "x"}, "a preset needs a tokenizer"),
+        (FOLDER, {"preset": "x", "tokenizer": "y"}, {"preset": "x", "tokenizer": "y"}),
+        (FOLDER, {"tokenizer": "x"}, "a folder brings its own"),
+        ({**PRESET, **FOLDER}, {"path": "x"}, {"path": "x"}),
+        ({**PRESET, **FOLDER}, {"preset": "x"}, {"preset": "x", "tokenizer": "nano"}),
+        ({**PRESET, **FOLDER}, {"tokenizer": "x"}, "give either preset or path"),
+        ({**PRESET, **FOLDER}, {}, "give either preset or path"),
+    ],
+)
+def test_another_beginning_replaces_the_first(
+    file: Path, written: dict[str, str], overrides: dict[str, str], expected: Any
+) -> None:
+    file.write_text(toml({**tomllib.loads(LEAST), "model": written}))
+    if isinstance(expected, str):
+        message = refused(file, {"model": overrides})
+        assert message.startswith(f"{file} and the command line: model: ")
+        assert expected in message
+    else:
+        assert config.load(str(file), {"model": overrides}).model == ModelSection(**expected)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "model.preset",
+        "model.path",
+        "model.tokenizer",
+        "data.path",
+        "run.output",
+        "optimizer.freeze",
+    ],
+)
+def test_what_no_file_can_hold_is_refused(file: Path, place: str) -> None:
+    section, name = place.split(".")
+    value = ("a", "\udcff") if name == "freeze" else "a\udcff"
+    assert refused(file, {section: {name: value}}) == f"{place}: not UTF-8 text"
 
 
 # --- differences
@@ -345,6 +412,21 @@ def test_a_difference_tells_both(file: Path) -> None:
         assert config.differences(old, config.load(str(file), {section: {name: value}})) == [line]
     for name, value in (("output", "elsewhere"), ("save_every", 3)):
         assert config.differences(old, config.load(str(file), {"run": {name: value}})) == []
+    begun = config.load(str(file), {"model": {"path": "x"}})
+    assert config.differences(old, begun) == [
+        'model.preset was "nano", now null',
+        'model.path was null, now "x"',
+        'model.tokenizer was "nano", now null',
+    ]
+
+
+@pytest.mark.parametrize("value", ["x\ny\x1b\u2028\x85", "x" * 10_000, "模型\u202e"])
+def test_a_difference_is_one_short_line(file: Path, value: str) -> None:
+    old = config.load(str(file), {})
+    for overrides in ({"data": {"path": value}}, {"optimizer": {"freeze": (value, "y")}}):
+        (line,) = config.differences(old, config.load(str(file), overrides))
+        assert line.isprintable()
+        assert len(line) < 250
 
 
 # --- what is shipped
@@ -372,7 +454,7 @@ def parse(*argv: str) -> Any:
 
 
 @given(tables, st.sampled_from(["pretrain", "sft"]), st.data())
-@settings(given_files, max_examples=15)
+@settings(given_files, max_examples=20)
 def test_every_field_is_a_flag(
     file: Path, table: dict[str, Any], command: str, data: st.DataObject
 ) -> None:
@@ -436,10 +518,16 @@ def test_a_bad_command_line_is_one_line(argv: list[str], complaint: str) -> None
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--run.steps=0"], "steps must be at least 1"),
-        (["--run.steps", "-5"], "steps must be at least 1, not -5"),
+        (
+            ["--run.steps=0"],
+            "nano.toml and the command line: run: steps must be from 1 to 16777216",
+        ),
+        (["--run.steps", "-5"], "steps must be from 1 to 16777216, not -5"),
         (["--optimizer.learning_rate", "nan"], "must be a finite number"),
-        (["--model.path=x"], "give either preset or path"),
+        (["--model.path=x", "--model.preset=nano"], "give either preset or path"),
+        (["--model.path=x", "--model.tokenizer=nano"], "a folder brings its own"),
+        (["--model.path=x"], "x/tokenizer.model"),
+        (["--data.path=\udcff"], "data.path: not UTF-8 text"),
         (["--run.steps=5", "--optimizer.warmup_steps=6"], "warmup_steps (6) are more than run.ste"),
         (["--optimizer.frezee=x"], "did you mean --optimizer.freeze?"),
     ],

@@ -8,9 +8,11 @@ import pytest
 
 import pangu_jax
 from train import __main__ as door
-from train import demo, tasks
+from train import data, demo, loop, tasks
 from train.commands import Demo
 from train.config import Config
+from train.packing import pack
+from train.tasks import files
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(config, run=run, optimizer=optimizer)
 
     monkeypatch.setattr(demo, "configuration", configuration)
-    for name, value in (("EXAMPLES", 64), ("HELD_OUT", 1), ("MOST", 4)):
+    for name, value in (("EXAMPLES", 32), ("HELD_OUT", 1), ("MOST", 4)):
         monkeypatch.setattr(demo, name, value)
 
 
@@ -60,8 +62,11 @@ def test_a_second_demo_does_not_train_again(tmp_path: Path, capsys) -> None:
     assert answers(first) == answers(second)
 
 
-def test_the_whole_demo_is_what_the_page_says() -> None:
-    """Both models, as configured: the numbers of docs/training.md."""
-    config = demo.configuration(Demo(), Path("anywhere"))
-    rows = config.run.steps * config.data.batch
-    assert demo.EXAMPLES * 40 < rows * config.data.length < 2 * demo.EXAMPLES * 60
+@pytest.mark.parametrize("model", ["nano", "nano-moge"])
+def test_the_whole_demo_goes_through_its_examples_about_once(model: str, tmp_path: Path) -> None:
+    config = demo.configuration(Demo(model=model), tmp_path)
+    count = 640
+    files.write(tmp_path / "tasks", list(tasks.TASKS), count, 0, 0)
+    tokenizer = pangu_jax.Tokenizer.load(loop.tokenizer_folder(config))
+    rows = pack(data.conversations(Path(config.data.path), tokenizer), config.data.length)
+    assert demo.EXAMPLES * len(rows) / config.data.batch == pytest.approx(count, rel=0.1)

@@ -103,11 +103,10 @@ def test_no_question_is_learnt(written: Path) -> None:
     assert not for_learning & for_asking
 
 
-def test_questions_of_a_kind_are_different(written: Path) -> None:
-    kinds: dict[tuple, list[tuple]] = collections.defaultdict(list)
+def test_no_question_is_asked_twice(written: Path) -> None:
+    kinds: dict[str, list[tuple]] = collections.defaultdict(list)
     for line in lines(written / "held-out.jsonl"):
-        same = test_tasks.same(line["task"], asked(line))
-        kinds[line["task"], line["difficulty"]].append(same)
+        kinds[line["task"]].append(test_tasks.same(line["task"], asked(line)))
     assert all(len(set(each)) == len(each) for each in kinds.values())
 
 
@@ -179,9 +178,16 @@ def test_as_many_questions_as_there_are(tmp_path: Path) -> None:
     assert counts["held-out.jsonl"] == len(lines(tmp_path / "held-out.jsonl"))
 
 
+def test_a_task_named_twice_is_one(tmp_path: Path) -> None:
+    files.write(tmp_path / "once", ["add", "sort"], 30, 5, 0)
+    files.write(tmp_path / "twice", ["add", "sort", "add"], 30, 5, 0)
+    assert bytes_of(tmp_path / "once") == bytes_of(tmp_path / "twice")
+
+
 @pytest.mark.parametrize(
     ("names", "examples", "held_out", "complaint"),
     [
+        ([], 5, 5, "name at least one task"),
         (["ad"], 5, 5, "unknown task 'ad'; did you mean add?"),
         (["add", "multipy"], 5, 5, "unknown task 'multipy'; did you mean multiply?"),
         (["xyzzy"], 5, 5, "unknown task 'xyzzy'"),
@@ -201,9 +207,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not os.listdir(tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch) -> None:
-    files.write(tmp_path, ["add"], 20, 2, 0)
-    before = {name: (tmp_path / name).read_bytes() for name in BOTH}
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    files.write(tmp_path / "old", ["add"], 20, 2, 0)
+    before = bytes_of(tmp_path / "old")
     made = []
 
     def fails(rng: Any, difficulty: int) -> Problem:
@@ -213,9 +219,13 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monke
         return Problem("add", difficulty, f"{len(made)}?", "", "1", str(len(made)))
 
     monkeypatch.setitem(tasks.TASKS, "add", fails)
-    with pytest.raises(OSError, match="No space left"):
-        files.write(tmp_path, ["add"], 20, 2, 1)
-    assert {name: (tmp_path / name).read_bytes() for name in BOTH} == before
+    for name in ("old", "new"):
+        made.clear()
+        with pytest.raises(OSError, match="No space left"):
+            files.write(tmp_path / name, ["add"], 20, 2, 1)
+        assert made
+    assert os.listdir(tmp_path) == ["old"]
+    assert bytes_of(tmp_path / "old") == before
 
 
 # --- the command
@@ -238,6 +248,20 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     files.write(tmp_path / "same", ["add", "sort"], 24, 3, 5)
     assert bytes_of(tmp_path / "new") == bytes_of(tmp_path / "same")
     assert {line["task"] for line in lines(tmp_path / "new" / "train.jsonl")} == {"add", "sort"}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_files_that_are_there_stay(tmp_path: Path, capsys, name: str) -> None:
+    (tmp_path / name).write_text("kept")
+    (tmp_path / "other").write_text("kept")
+    before = bytes_of(tmp_path)
+    code, err = run(capsys, tmp_path, "--examples=1", "--held-out=1")
+    assert code == 2
+    assert err == f"error: {tmp_path / name}: already exists; choose another folder\n"
+    assert bytes_of(tmp_path) == before
+    (tmp_path / name).unlink()
+    assert run(capsys, tmp_path, "--examples=1", "--held-out=1")[0] == 0
+    assert sorted(os.listdir(tmp_path)) == sorted([*BOTH, "other"])
 
 
 def test_all_tasks_unless_some_are_named(tmp_path: Path, capsys) -> None:

@@ -51,10 +51,14 @@ def solve_sort(question: str) -> str:
     return "".join(digit * found[1].count(digit) for digit in "0123456789")
 
 
-def solve_count(question: str) -> str:
-    found = re.fullmatch(r"How many (\d) are in (\d+)\?", question)
+def letters_of(question: str) -> list[str]:
+    found = re.fullmatch(r"How many of ([a-z](?: [a-z])*) come before n\?", question)
     assert found
-    return str(collections.Counter(found[2])[found[1]])
+    return found[1].split(" ")
+
+
+def solve_count(question: str) -> str:
+    return str(sum(letter < "n" for letter in letters_of(question)))
 
 
 def apply_edit(name: str, letters: list[str]) -> list[str]:
@@ -145,10 +149,17 @@ def check_add(problem: Problem) -> None:
 
 def check_multiply(problem: Problem) -> None:
     (a, b), _ = numbers_of(problem.question)
-    found = columns(problem.steps, "*+")
-    assert len(found) == len(problem.steps.split(" ")) == len(str(a))
+    words = problem.steps.split(" ")
+    products = [re.fullmatch(r"(\d)\*(\d)=(\d+)", word) for word in words[::2]]
+    sums = [re.fullmatch(r"(\d+)\+(\d)=(\d+)", word) for word in words[1::2]]
+    assert len(products) == len(sums) == len(str(a))
+    found = []
+    for product, carried in zip(products, sums, strict=True):
+        assert product
+        assert carried
+        assert (int(product[2]), product[3]) == (b, carried[1])
+        found.append((int(product[1]), b, int(carried[2]), int(carried[3])))
     assert number(x for x, _, _, _ in found) == a
-    assert {y for _, y, _, _ in found} == {b}
     assert 2 <= b <= 9
     check_carries(found, problem)
 
@@ -165,13 +176,13 @@ def check_subtract(problem: Problem) -> None:
     assert a >= b
     found = columns(problem.steps, "--")
     assert len(found) == len(problem.steps.split(" ")) == len(str(a))
-    assert number(x % 10 for x, _, _, _ in found) == a
+    # Ten is borrowed for every column, and one less in the next where it was needed.
+    assert number(x - 10 for x, _, _, _ in found) == a
     assert number(y for _, y, _, _ in found) == b
-    # Ten more in one column is one less in the next; nothing is left to be borrowed.
-    assert [borrow for _, _, borrow, _ in found] == [0, *(x // 10 for x, _, _, _ in found[:-1])]
-    assert found[-1][0] <= 9
-    assert all(0 <= result <= 9 for *_, result in found)
-    assert number(result for *_, result in found) == int(problem.answer)
+    assert all(10 <= x <= 19 and 0 <= y <= 9 for x, y, _, _ in found)
+    assert [less for _, _, less, _ in found] == [0, *(int(rest < 10) for *_, rest in found[:-1])]
+    assert found[-1][3] >= 10
+    assert number(rest % 10 for *_, rest in found) == int(problem.answer)
 
 
 def check_total(problem: Problem) -> None:
@@ -187,21 +198,19 @@ def check_total(problem: Problem) -> None:
 
 def check_sort(problem: Problem) -> None:
     digits = problem.question.removeprefix("Sort ").removesuffix(".")
-    steps = problem.steps.split(" ")
-    assert len(steps) == len(digits)
-    for end, step in enumerate(steps, 1):
-        assert collections.Counter(step) == collections.Counter(digits[:end])
+    half = len(digits) // 2
+    left, right = problem.steps.split(" ")
+    for part, step in ((digits[:half], left), (digits[half:], right)):
+        assert collections.Counter(step) == collections.Counter(part)
         assert all(a <= b for a, b in itertools.pairwise(step))
-    assert steps[-1] == problem.answer
 
 
 def check_count(problem: Problem) -> None:
-    wanted, digits = re.findall(r"\d+", problem.question)
-    seen, entries = 0, []
-    for digit in digits:
-        seen += digit == wanted
-        entries.append(f"{digit}:{seen}")
-    assert problem.steps == " ".join(entries)
+    letters, seen = letters_of(problem.question), 0
+    assert len(set(letters)) == len(letters)
+    for letter, step in zip(letters, problem.steps.split(" "), strict=True):
+        seen += letter < "n"
+        assert step == f"{letter}{seen}"
     assert problem.answer == str(seen)
 
 
@@ -211,8 +220,8 @@ def check_edit(problem: Problem) -> None:
     assert len(now) == len(set(now)) == 5
     for name, step in zip(names.split(", "), steps, strict=True):
         now = apply_edit(name, now)
-        assert step == " ".join(now)
-    assert steps[-1] == problem.answer
+        assert step == f"{name} {' '.join(now)}"
+    assert problem.answer == " ".join(now)
 
 
 def check_date(problem: Problem) -> None:
@@ -281,25 +290,41 @@ def test_rare_dates() -> None:
     assert months == set(MONTHS)
 
 
-def test_difficulty_is_the_size_of_a_problem() -> None:
+@pytest.mark.parametrize("difficulty", tasks.DIFFICULTIES)
+def test_difficulty_is_the_size_of_a_problem(difficulty: int) -> None:
     rng = random.Random(1)
-    for difficulty in tasks.DIFFICULTIES:
-        made = {t: [tasks.TASKS[t](rng, difficulty) for _ in range(300)] for t in tasks.TASKS}
-        sizes = {
-            task: {len(str(n)) for p in made[task] for n in numbers_of(p.question)[0][:2]}
-            for task in ("add", "subtract")
-        }
-        assert sizes["add"] == sizes["subtract"] == set(range(2, difficulty + 2))
-        digits = {len(str(numbers_of(p.question)[0][0])) for p in made["multiply"]}
-        assert digits == set(range(2, difficulty + 2))
-        counts = {len(numbers_of(p.question)[0]) for p in made["total"]}
-        assert counts == {2 * difficulty + 1}
-        assert {len(p.answer) for p in made["sort"]} == {2 * difficulty + 2}
-        assert {len(p.steps.split(" ")) for p in made["count"]} == {4 * difficulty}
-        assert {len(p.steps.split(", ")) for p in made["edit"]} == {difficulty}
-        days = [date_of(p.question)[0] for p in made["date"]]
-        assert min(days) <= 2
-        assert 19 * difficulty <= max(days) <= 20 * difficulty
+    made = {t: [tasks.TASKS[t](rng, difficulty).question for _ in range(300)] for t in tasks.TASKS}
+    up_to, longest = set(range(2, difficulty + 2)), {difficulty + 1}
+    sizes = {
+        task: [[len(str(n)) for n in numbers_of(question)[0]] for question in made[task]]
+        for task in ("add", "subtract", "multiply", "total")
+    }
+    for task in ("add", "subtract"):
+        assert {max(each) for each in sizes[task]} == longest
+        assert {min(each) for each in sizes[task]} == up_to
+    assert {first for first, _ in sizes["subtract"]} == longest
+    # The longer number may be the first or the second.
+    assert {first for first, _ in sizes["add"]} == {second for _, second in sizes["add"]} == up_to
+    assert {tuple(each) for each in sizes["multiply"]} == {(difficulty + 1, 1)}
+    assert {len(each) for each in sizes["total"]} == {2 * difficulty + 1}
+    assert {len(solve_sort(question)) for question in made["sort"]} == {2 * difficulty + 2}
+    assert {len(letters_of(question)) for question in made["count"]} == {4 * difficulty}
+    assert {question.count(",") + 1 for question in made["edit"]} == {difficulty}
+    days = {date_of(question)[0] for question in made["date"]}
+    assert 20 * (difficulty - 1) < min(days) < 20 * difficulty - 15
+    assert max(days) == 20 * difficulty
+
+
+@pytest.mark.parametrize("difficulty", tasks.DIFFICULTIES)
+def test_no_count_is_too_good_a_guess(difficulty: int) -> None:
+    rng = random.Random(2)
+    problems = [tasks.TASKS["count"](rng, difficulty) for _ in range(1500)]
+    answers = collections.Counter(problem.answer for problem in problems)
+    assert len(answers) >= 5
+    assert max(answers.values()) < 1.4 * 1500 / len(answers)
+    letters = collections.Counter(x for problem in problems for x in letters_of(problem.question))
+    assert len(letters) == 24
+    assert max(letters.values()) < 1.5 * min(letters.values())
 
 
 # --- the two sets
@@ -311,6 +336,8 @@ def same(task: str, question: str) -> tuple:
         return task, *sorted(numbers_of(question)[0])
     if task == "sort":
         return task, solve_sort(question)
+    if task == "count":
+        return task, *sorted(letters_of(question))
     return task, question
 
 
@@ -341,8 +368,8 @@ def test_no_held_out_problem_is_learnt_in_any_form(task: str) -> None:
     assert not learnt & asked
 
 
-@pytest.mark.parametrize("task", ["add", "total", "sort"])
-def test_the_order_of_numbers_makes_no_other_problem(task: str) -> None:
+@pytest.mark.parametrize("task", ["add", "total", "sort", "count"])
+def test_the_order_of_things_makes_no_other_problem(task: str) -> None:
     found: dict[tuple, set[str]] = collections.defaultdict(set)
     splits: dict[tuple, set[str]] = collections.defaultdict(set)
     rng = random.Random(0)
@@ -350,7 +377,7 @@ def test_the_order_of_numbers_makes_no_other_problem(task: str) -> None:
         problem = tasks.TASKS[task](rng, 1)
         found[same(task, problem.question)].add(problem.question)
         splits[same(task, problem.question)].add(problem.split)
-    # The same numbers did come in several orders, and always in the same set.
+    # The same things did come in several orders, and always in the same set.
     assert sum(len(questions) > 1 for questions in found.values()) > 50
     assert {len(each) for each in splits.values()} == {1}
 
@@ -393,9 +420,9 @@ def test_harder_is_longer(task: str) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_enough_easy_questions_are_held_out(seed: int) -> None:
-    asked = collections.Counter(
-        (line["task"], line["difficulty"]) for line in files.questions(tuple(tasks.TASKS), 50, seed)
-    )
+    lines = list(files.questions(tuple(tasks.TASKS), 50, seed))
+    assert len({line["messages"][0]["content"] for line in lines}) == len(lines)
+    asked = collections.Counter((line["task"], line["difficulty"]) for line in lines)
     assert set(asked) == set(KINDS)
     assert min(asked.values()) >= 15
     assert all(count == 50 for kind, count in asked.items() if kind != ("total", 1))
