@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from infer import generation, jobs, loading, progress
+from infer import files, generation, jobs, loading, progress
 from infer.commands import Generate
 from infer.jobs import OURS, Job
 from infer.output import as_json
@@ -14,9 +14,6 @@ from pangu_jax import strict
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import ConfigError, InputError
 from pangu_jax.text.tokenizer import Tokenizer
-
-# Bytes at either end of a file that tell it from another of its size.
-ENDS = 2**20
 
 
 def run(
@@ -64,22 +61,12 @@ def run(
 def _mark(command: Generate, sampling: Sampling) -> str:
     """A short digest of what the answers depend on, besides the prompts."""
     folder = Path(command.model)
-    files = [*folder.glob("*.safetensors"), *folder.glob("*token*"), *folder.glob("*.jinja")]
-    model = sorted((file.name, _fingerprint(file)) for file in files if file.is_file())
+    found = [*folder.glob("*.safetensors"), *folder.glob("*token*"), *folder.glob("*.jinja")]
+    model = sorted((file.name, files.fingerprint(file)) for file in found if file.is_file())
     said = [model, dataclasses.asdict(sampling), command.dtype, command.chat]
     said += [command.system, command.think]
     text = json.dumps(said, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _fingerprint(file: Path) -> str:
-    """A digest of a file's size and of its ends: two checkpoints of a run differ there."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        ends = data.read(ENDS)
-        data.seek(max(size - ENDS, 0))
-        ends += data.read(ENDS)
-    return f"{size}:{hashlib.sha256(ends).hexdigest()}"
 
 
 def _resume(output: Path, todo: list[Job], mark: str) -> int:

@@ -4,6 +4,7 @@ whatever goes wrong in one line.
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from infer import cli
 from pangu_jax.errors import PanguError
 
 INTERRUPTED = 130
+DOORS = ("infer.__main__", "train.__main__", "pangu-infer", "pangu-train")
+STARTED_AGAIN = "pangu_jax_huge_pages"
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
@@ -74,22 +77,41 @@ def use_huge_pages() -> None:
 
     On a CPU, XLA takes its temporary memory afresh for every call; in pages of 4 kB its first touch
     takes a quarter of a training step's time (docs/benchmarks.md). The C library can ask for larger
-    ones, but reads the wish only when a program starts.
+    ones, but reads the wish only when a program starts. Any GLIBC_TUNABLES of the user prevails.
     """
-    if "GLIBC_TUNABLES" in os.environ or not sys.orig_argv:
-        return
     try:
         offered = "[madvise]" in Path(HUGE_PAGES).read_text(encoding="ascii")
     except OSError:  # not Linux
         return
-    if offered:
+    if offered and "GLIBC_TUNABLES" not in os.environ and _is_the_whole_program():
         environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        again = [sys.executable, "-X", STARTED_AGAIN, *sys.orig_argv[1:]]
+        os.execve(sys.executable, again, environment)
+
+
+def _is_the_whole_program() -> bool:
+    """Whether this process is one of our doors and nothing else, and has done nothing yet: not a
+    script or a notebook that calls one, not a debugger.
+    """
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    name = spec.name if spec is not None else Path(file or "").stem
+    return (
+        name in DOORS
+        and bool(sys.executable)
+        and STARTED_AGAIN not in sys._xoptions
+        and "jax" not in sys.modules
+        and sys.gettrace() is None
+        and threading.active_count() == 1
+    )
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
     """Runs a door's `main` as a program of its own, and ends it with its exit code."""
     use_huge_pages()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a line less pretty is better than none
     signal.signal(signal.SIGINT, _interrupt)
     code = main()
     if code == INTERRUPTED:
@@ -113,11 +135,12 @@ def interrupts(stop: Callable[[], None]) -> Iterator[None]:
     """Within, the first Ctrl-C calls `stop` and the second raises KeyboardInterrupt."""
     count = 0
 
-    def handle(signum: int, frame: object) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
         if count > 1:
-            raise KeyboardInterrupt
+            _interrupt(signum, frame)
+            return
         stop()
 
     before = signal.signal(signal.SIGINT, handle)

@@ -1,5 +1,7 @@
 """Files as commands read and write them: hostile until checked, whole or not at all."""
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +13,9 @@ from pangu_jax.errors import ConfigError, InputError
 
 # One line. A document is shorter; what is longer is no JSON lines (own choice).
 MAX_LINE_BYTES = 64 * 2**20
+
+# Bytes at either end of a file that tell it from another of its size.
+ENDS = 2**20
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -38,6 +43,35 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise InputError(f"{where}: has a lone surrogate, which is not text") from None
             except ConfigError as error:
                 raise InputError(str(error)) from None
+
+
+def fingerprint(file: Path) -> str:
+    """A digest of a file's size and of its ends: two checkpoints of a run differ there."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        ends = data.read(ENDS)
+        data.seek(max(size - ENDS, 0))
+        ends += data.read(ENDS)
+    return f"{size}:{hashlib.sha256(ends).hexdigest()}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within, no other process holds the same lock (where the system has such locks).
+
+    Raises InputError where one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path.parent}: another process is at work there") from None
+        yield
 
 
 def check_target(path: Path) -> None:

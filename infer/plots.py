@@ -31,7 +31,7 @@ def require(flag: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise InputError(f"{flag} needs matplotlib: pip install 'pangu-jax[plot]'") from None
+        raise InputError(f"{flag} needs matplotlib: pip install matplotlib") from None
 
 
 def save(figure: Any, path: Path) -> None:

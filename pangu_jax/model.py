@@ -19,7 +19,6 @@ leading axis, under `lax.scan` (training, TPU: the program stays small). `conver
 one into the other.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ from pangu_jax import rope
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
-from pangu_jax.linear import linear
+from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
@@ -168,7 +167,7 @@ def tapped_forward(
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
     """
-    with exact_if_float32(model):
+    with exact_if_float32(model.dtype):
         x = embed(model, tokens)
         config = model.config
         angles = rope.table(meta.positions, config.rope_theta, config.head_dim, model.dtype)
@@ -220,17 +219,8 @@ def embed(model: Pangu, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
 def logits(model: Pangu, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
     """Float32 logits of final hidden states; a tied head is the embedding itself."""
     head = model.embed if model.head is None else model.head
-    with exact_if_float32(model), jax.named_scope("head"):
+    with exact_if_float32(model.dtype), jax.named_scope("head"):
         return linear(hidden, head[...], jnp.float32)
-
-
-def exact_if_float32(model: Pangu) -> contextlib.AbstractContextManager:
-    """Full float32 products for a float32 model on every platform: TF32 and bf16 passes break
-    parity.
-    """
-    if model.dtype == jnp.float32:
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
 
 
 def on_mesh(model: Pangu, local: Callable) -> Callable:

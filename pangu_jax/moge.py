@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.config import ModelConfig
-from pangu_jax.linear import linear
+from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.mlp import MLP, swiglu
 from pangu_jax.pytree import pytree
 
@@ -121,7 +121,8 @@ def _blocks(
         expert, own = block
         return None, swiglu(x[own], _slice(gate_up, expert), _slice(down, expert))
 
-    return lax.scan(one, None, (experts, tokens))[1]
+    with exact_if_float32(x.dtype):  # both passes are traced outside of the model's own request
+        return lax.scan(one, None, (experts, tokens))[1]
 
 
 def _blocks_forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -143,7 +144,8 @@ def _blocks_backward(arguments: tuple[Array, ...], grad: Array) -> tuple[Array |
         return (to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])), None
 
     zeros = jax.tree.map(jnp.zeros_like, (x, gate_up, down))
-    sums, _ = lax.scan(one, zeros, (experts, tokens, grad))
+    with exact_if_float32(x.dtype):
+        sums, _ = lax.scan(one, zeros, (experts, tokens, grad))
     return *sums, None, None
 
 

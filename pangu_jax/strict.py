@@ -70,7 +70,8 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=float)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON (line {error.lineno}: {error.msg})") from None
+        place = f"line {error.lineno}" if "\n" in text else f"character {error.pos + 1}"
+        raise ConfigError(f"{where}: not valid JSON ({place}: {error.msg})") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None
     except ConfigError:

@@ -1,4 +1,1 @@
-"""What makes new weights and vocabularies, on top of `infer` and `pangu_jax`.
-
-So far that is `pangu-train tokenizer`; no loop changes weights yet.
-"""
+"""What changes weights, and what that needs, on top of `infer` and `pangu_jax`."""

@@ -70,7 +70,7 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "clip_norm"):
-            _check(self, name, getattr(self, name) > 0, "above 0")
+            _check(self, name, 0 < getattr(self, name) <= 1e30, "above 0, and a float32")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
         _check(self, "final_fraction", 0 <= self.final_fraction <= 1, "from 0 to 1")
@@ -139,7 +139,7 @@ def _check_text(config: Config) -> None:
         for name, value in values.items():
             text = json.dumps(value, ensure_ascii=False)
             if "\\u0000" in text or any("\ud800" <= char <= "\udfff" for char in text):
-                raise ConfigError(f"{section}.{name}: not text: {strict.describe(value)}")
+                raise ConfigError(f"{section}.{name}: not a name of a file, or not UTF-8")
 
 
 def to_toml(config: Config) -> str:

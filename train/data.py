@@ -37,7 +37,8 @@ def documents(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Example
         if not isinstance(text, str):
             raise InputError(f'{where}: "text" must be a string, not {strict.describe(text)}')
         ids = first + tokenizer.encode(text, add_special_tokens=False) + last
-        for start in range(0, len(ids), length):
+        # The last token of a piece is the first of the next: no other token predicts it there.
+        for start in range(0, max(len(ids) - 1, 1), length - 1):
             piece = np.array(ids[start : start + length], np.int32)
             yield Example(piece, np.ones(piece.size, bool))
 

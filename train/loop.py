@@ -5,6 +5,7 @@ bits as a run that was never stopped: the data of a step depend on its number an
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterable
@@ -21,16 +22,17 @@ from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import configs_folder
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
+from pangu_jax.text import markers
 from pangu_jax.text.tokenizer import Tokenizer
 from train import optimizer as optimizers
 from train import record as records
 from train import step as steps
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, shapes
 from train.config import Config
 from train.packing import Example, Rows, pack
-from train.record import Record
+from train.record import Record, TrainingError
 from train.run_folder import RunFolder
-from train.step import State
+from train.step import State, Step
 
 Read = Callable[[Config, Tokenizer], Iterable[Example]]
 
@@ -50,15 +52,19 @@ def train(config: Config, read: Read) -> int:
     names = [name for name, _ in build.named_leaves(model)]
     frozen = optimizers.frozen(config.optimizer.freeze, names)
     rows = _rows(config, tokenizer, read)
-    folder.begin(config, rows)
-    state, finished = _run(config, folder, model, frozen, rows)
-    plots.try_save(lambda: records.plot(folder.metrics), folder.plot)
-    if not finished:
-        progress.say(f"stopped after step {int(state.step)}; the same command goes on from there")
-        return door.INTERRUPTED
-    _write_final(config, steps.merge(model, state.trainable, state.frozen), folder.final)
-    progress.say(f"wrote {folder.final}")
-    return 0
+    with folder.begin(config, model.config, rows):
+        like, optimizer = _shapes(model), optimizers.make(config.optimizer, config.run.steps)
+        begin = [steps.start(model, optimizer, frozen)]
+        del model  # nobody holds on to the first weights: steps use them up, a restart drops them
+        state = _run(config, folder, steps.make(like, optimizer), begin.pop(), rows)
+        last = int(state.step)
+        if finished := last == config.run.steps:
+            _write_final(config, steps.merge(like, state.trainable, state.frozen), folder.final)
+            progress.say(f"wrote {folder.final}")
+        else:
+            progress.say(f"stopped after step {last}; the same command goes on from there")
+        plots.try_save(lambda: records.plot(folder.metrics), folder.plot)
+    return 0 if finished else door.INTERRUPTED
 
 
 def batch_rows(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
@@ -88,8 +94,14 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
         with progress.reading() as advance:
             model = pangu_jax.load(section.path, "float32", form="stacked", progress=advance)
     else:
+        preset = pangu_jax.preset(str(section.preset))
+        ends = tokenizer.id(markers.of(tokenizer).turn_end)
         model = pangu_jax.init(
-            pangu_jax.preset(str(section.preset)),
+            dataclasses.replace(
+                preset,
+                bos_token_id=tokenizer.bos_id,
+                eos_token_ids=preset.eos_token_ids if ends is None else (ends,),
+            ),
             jax.random.key(config.run.seed),
             dtype="float32",
             form="stacked",
@@ -128,26 +140,26 @@ def _rows(config: Config, tokenizer: Tokenizer, read: Read) -> Rows:
     return rows
 
 
-def _run(
-    config: Config, folder: RunFolder, model: Pangu, frozen: Callable[[str], bool], rows: Rows
-) -> tuple[State, bool]:
-    """The last state, and whether it is that of the last step."""
+def _run(config: Config, folder: RunFolder, step: Step, state: State, rows: Rows) -> State:
+    """The state after the last step, or after the one at which Ctrl-C came."""
     section = config.run
-    optimizer = optimizers.make(config.optimizer, section.steps)
-    state = steps.start(model, optimizer, frozen)
-    step = jax.jit(steps.make(_shapes(model), optimizer), donate_argnames="state")
+    step = jax.jit(step, donate_argnames="state")
+    rates = np.asarray(
+        optimizers.schedule(config.optimizer, section.steps)(np.arange(section.steps))
+    )
     asked_to_stop: list[bool] = []
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.checkpoints)))
         if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
+            blank, frozen = shapes(state), state.frozen
+            del state
+            state = checkpoints.restore(blank, frozen)
             progress.say(f"going on after step {int(state.step)}")
         first = int(state.step)
         bar = stack.enter_context(progress.training(section.steps, first))
-        rate = optimizers.schedule(config.optimizer, section.steps)
-        record = Record(folder.metrics, first, rate, bar)
+        record = Record(folder.metrics, first, rates, bar)
         stack.enter_context(contextlib.closing(record))
-        stack.enter_context(door.interrupts(lambda: asked_to_stop.append(True)))
+        stack.enter_context(door.interrupts(lambda: _stop(asked_to_stop)))
         for number in range(first + 1, section.steps + 1):
             batch = rows.batch(batch_rows(number - 1, config.data.batch, len(rows), section.seed))
             state, metrics = step(state, batch)
@@ -158,7 +170,12 @@ def _run(
                 checkpoints.save(state)
             if last:
                 break
-    return state, int(state.step) == section.steps
+    return state
+
+
+def _stop(asked: list[bool]) -> None:
+    asked.append(True)
+    progress.say("stopping after this step; Ctrl-C again to leave at once")
 
 
 def _shapes(model: Pangu) -> Pangu:
@@ -168,6 +185,11 @@ def _shapes(model: Pangu) -> Pangu:
 
 def _write_final(config: Config, model: Pangu, target: Path) -> None:
     """The Hugging Face folder, in the dtype that the model's config names."""
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(model)):
+        raise TrainingError(
+            "the last step left weights that are no numbers: begin another run with a lower "
+            "optimizer.learning_rate"
+        )
     kind = jnp.dtype(model.config.dtype)
     model = jax.tree.map(lambda leaf: leaf.astype(kind), model)
     partial = target.with_name(f".{target.name}.partial")

@@ -1,6 +1,7 @@
 """AdamW under a warm-up and cosine schedule, with clipping: Optax, told which leaves are which."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,10 +59,13 @@ def _decayed(leaves: Leaves) -> dict[str, bool]:
 def frozen(patterns: Iterable[str], names: Iterable[str]) -> Callable[[str], bool]:
     """Whether a leaf's name matches one of the patterns, with `*` for anything.
 
+    The leaves of stacked layers are frozen in all of them, and called `blocks.*.attention.qkv`.
     Raises ConfigError for a pattern that matches none of `names`, or when they all match.
     """
-    names, patterns = list(names), list(patterns)
-    is_frozen = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    names, patterns = [_of_all_layers(name) for name in names], list(patterns)
+    is_frozen = lambda name: any(
+        fnmatch.fnmatchcase(_of_all_layers(name), pattern) for pattern in patterns
+    )
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
@@ -71,3 +75,7 @@ def frozen(patterns: Iterable[str], names: Iterable[str]) -> Callable[[str], boo
     if all(map(is_frozen, names)):
         raise ConfigError("optimizer.freeze: nothing is left to train")
     return is_frozen
+
+
+def _of_all_layers(name: str) -> str:
+    return re.sub(r"^blocks\.\d+\.", "blocks.*.", name)

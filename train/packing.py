@@ -1,5 +1,6 @@
 """Short examples side by side in rows of one length, so that little of a batch is padding."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterable
 
@@ -56,16 +57,29 @@ def pack(examples: Iterable[Example], length: int) -> Rows:
 
     Raises ValueError for an example longer than `length`.
     """
-    by_room: list[list[list[Example]]] = [[] for _ in range(length + 1)]
+    by_room: dict[int, list[list[Example]]] = {}
+    rooms: list[int] = []  # its keys in order; a row without room is in none
+    full: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -example.ids.size):
         size = example.ids.size
         if size > length:
             raise ValueError(f"an example of {size} tokens does not fit into {length}")
-        room = next((room for room in range(size, length) if by_room[room]), length)
-        row = by_room[room].pop() if by_room[room] else []
+        place = bisect.bisect_left(rooms, size)
+        room, row = length, []
+        if place < len(rooms):
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
         row.append(example)
+        if room == size:
+            full.append(row)
+            continue
+        if room - size not in by_room:
+            by_room[room - size] = []
+            bisect.insort(rooms, room - size)
         by_room[room - size].append(row)
-    return _rows([row for rows in by_room for row in rows], length)
+    return _rows([*full, *(row for room in rooms for row in by_room[room])], length)
 
 
 def _rows(packed: list[list[Example]], length: int) -> Rows:

@@ -3,9 +3,11 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from infer import files
 from pangu_jax import strict
@@ -14,6 +16,7 @@ from train.step import Metrics
 
 # Losses are shown as they are and averaged over this part of the run (own choice).
 SMOOTHED = 50
+DRAWN = 4000  # points at most
 
 
 class TrainingError(PanguError):
@@ -31,19 +34,19 @@ class Record:
         self,
         path: Path,
         step: int,
-        rate: Callable[[int], Any],
+        rates: Sequence[float] | np.ndarray,
         show: Callable[[int, float, float], None],
     ) -> None:
         """Goes on after `step`: what an interrupted run wrote later is dropped.
 
-        rate: the learning rate of a step counted from 0
+        rates: the learning rate of every step
         show: called with every step, its loss, and tokens per second
         Raises ConfigError for a file that holds something else.
         """
         kept = [line for line in read(path) if line["step"] <= step] if path.exists() else []
         files.write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
-        self._rate, self._show = rate, show
+        self._rates, self._show = rates, show
         self._waiting: tuple[int, Metrics, int] | None = None
         self._since = time.perf_counter()
 
@@ -69,19 +72,20 @@ class Record:
             return
         step, metrics, tokens = self._waiting
         self._waiting = None
-        loss = float(metrics.loss)  # waits for the step
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {step}: begin another run with a lower "
-                "optimizer.learning_rate (checkpoints before this step are good)"
-            )
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)  # waits for the step
+        for name, value in (("loss", loss), ("norm of the gradients", norm)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {step}: begin another run with a lower "
+                    "optimizer.learning_rate"
+                )
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         line = {
             "step": step,
             "loss": loss,
-            "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(self._rate(step - 1)),
+            "grad_norm": norm,
+            "learning_rate": float(self._rates[step - 1]),
             "tokens": tokens,
             "seconds": round(seconds, 6),
         }
@@ -106,11 +110,16 @@ def plot(path: Path) -> Any:
     from matplotlib.figure import Figure
 
     lines = read(path)
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    steps, losses, rates = (
+        np.array([line[name] for line in lines]) for name in ("step", "loss", "learning_rate")
+    )
     window = max(1, len(losses) // SMOOTHED)
-    means = [
-        sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))
-    ]
+    sums = np.concatenate([np.zeros(1), np.cumsum(losses)])
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - window, 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    shown = slice(None, None, -(-len(losses) // DRAWN))
+    steps, losses, means, rates = (x[shown] for x in (steps, losses, means, rates))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="lightsteelblue", linewidth=0.7, label="loss of each step")
@@ -119,7 +128,6 @@ def plot(path: Path) -> Any:
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_yscale("log")
     right = axes.twinx()
-    rates = [line["learning_rate"] for line in lines]
     right.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)

@@ -1,20 +1,23 @@
 """The folder of a run: claimed by one configuration, and known again by it."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from infer import files
 from pangu_jax import strict
+from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
 from train import config as configs
 from train.config import Config
 from train.packing import Rows
 
-CONFIG, DATA = "config.toml", "data.sha256"
+CONFIG, INPUTS, LOCK = "config.toml", "inputs.sha256", ".lock"
 
 
 class RunFolder:
-    """config.toml, data.sha256, metrics.jsonl, loss.png, checkpoints/ and final/ of one run."""
+    """config.toml, inputs.sha256, metrics.jsonl, loss.png, checkpoints/ and final/ of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,23 +41,30 @@ class RunFolder:
             )
         return folder
 
-    def begin(self, config: Config, rows: Rows) -> None:
-        """Writes the configuration, and what tells the data from others.
+    @contextlib.contextmanager
+    def begin(self, config: Config, model: ModelConfig, rows: Rows) -> Iterator[None]:
+        """Writes the configuration, and what tells model and data from others; within, no other
+        process works in the folder.
 
-        Raises InputError where the run began with other data.
+        Raises InputError where the run began with others, or one does.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(model).encode())
+        for file in sorted(Path(config.model.path or "").glob("*.safetensors")):
+            if config.model.path is not None:
+                digest.update(files.fingerprint(file).encode())
         for array in (rows.tokens, rows.segments, rows.learn):
             digest.update(array.tobytes())
-        data = self.path / DATA
-        if data.exists() and strict.read_text(data).strip() != digest.hexdigest():
+        inputs = self.path / INPUTS
+        if inputs.exists() and strict.read_text(inputs).strip() != digest.hexdigest():
             raise InputError(
-                f"{self.path}: the data or the tokenizer changed since the run began; choose "
-                "another run.output"
+                f"{self.path}: the data, the tokenizer or the model changed since the run began; "
+                "choose another run.output"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         files.write(self.path / CONFIG, configs.to_toml(config).encode())
-        files.write(data, f"{digest.hexdigest()}\n".encode())
+        with files.locked(self.path / LOCK):
+            files.write(inputs, f"{digest.hexdigest()}\n".encode())
+            yield
 
     def _check_same(self, config: Config) -> None:
         table = strict.read_toml(self.path / CONFIG)
@@ -67,4 +77,5 @@ class RunFolder:
 
 
 def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    """A first write that was interrupted left nothing."""
+    return path.is_dir() and all(each.name.startswith(f".{CONFIG}.") for each in path.iterdir())

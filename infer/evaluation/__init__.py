@@ -9,7 +9,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infer.evaluation.command import evaluate
+    from infer.evaluation.examine import evaluate
 
 __all__ = ["evaluate"]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -17,6 +17,6 @@ __all__ = ["evaluate"]  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name != "evaluate":
         raise AttributeError(f"module 'infer.evaluation' has no attribute '{name}'")
-    from infer.evaluation import command
+    from infer.evaluation import examine
 
-    return command.evaluate
+    return examine.evaluate

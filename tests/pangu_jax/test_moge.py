@@ -1,12 +1,19 @@
 """Grouped routing and the expert products against loops written here."""
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+import pangu_jax
 from pangu_jax import moge
 
 # N tokens, G groups, experts per group: few shapes, because each one compiles; many seeds.
@@ -97,6 +104,30 @@ def test_every_block_size_up_to_all_tokens_on_one_expert(N: int, skew: bool) -> 
         jnp.asarray(down, jnp.float32),
     )
     np.testing.assert_allclose(got, naive_mix(x, experts, weights, gate_up, down), atol=5e-4)
+
+
+def products(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The precisions of all products in a program and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if isinstance(inner, ClosedJaxpr):
+                    yield from products(inner.jaxpr)
+                elif isinstance(inner, Jaxpr):
+                    yield from products(inner)
+
+
+def test_a_float32_models_gradient_is_full_precision_everywhere() -> None:
+    """Its backward pass is traced when the forward's request for precision is over."""
+    config = dataclasses.replace(pangu_jax.preset("nano-moge"), num_layers=1)
+    model = pangu_jax.init(config, jax.random.key(0), form="stacked")
+    tokens = np.ones((1, 8), np.int32)
+    program = jax.make_jaxpr(jax.grad(lambda m: m(tokens).sum(), allow_int=True))(model)
+    found = [*products(program.jaxpr)]
+    assert len(found) > 10
+    assert set(found) == {(lax.Precision.HIGHEST, lax.Precision.HIGHEST)}
 
 
 def test_gradients_equal_those_of_a_dense_product() -> None:

@@ -35,12 +35,14 @@ steps = 200
 """
 
 given_files = settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-texts = st.text(max_size=8) | st.sampled_from(
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8
+) | st.sampled_from(
     [
         '"',
         "'",
@@ -48,7 +50,7 @@ texts = st.text(max_size=8) | st.sampled_from(
         "\\",
         "a\nb",
         "\r\n",
-        "\t\x00\x1b\x7f\x85",
+        "\t\x1b\x7f\x85",
         "模型 😀",
         "\u2028",
         "# x = 1",
@@ -86,13 +88,13 @@ tables = table_of(
         seed=whole(0, 2**31 - 1),
     ),
     optimizer=table_of(
-        learning_rate=numbers(0, 1e300, exclude_min=True),
+        learning_rate=numbers(0, 1e30, exclude_min=True),
         final_fraction=numbers(0, 1),
         warmup_steps=whole(0, 2**24),
         beta1=numbers(0, 1, exclude_max=True),
         beta2=numbers(0, 1, exclude_max=True),
         weight_decay=numbers(0, 1e300),
-        clip_norm=numbers(0, 1e300, exclude_min=True),
+        clip_norm=numbers(0, 1e30, exclude_min=True),
         freeze=st.lists(texts, max_size=3),
     ),
 ).map(with_steps_to_warm_up)
@@ -378,7 +380,7 @@ def test_another_beginning_replaces_the_first(
 def test_what_no_file_can_hold_is_refused(file: Path, place: str) -> None:
     section, name = place.split(".")
     value = ("a", "\udcff") if name == "freeze" else "a\udcff"
-    assert refused(file, {section: {name: value}}) == f"{place}: not UTF-8 text"
+    assert refused(file, {section: {name: value}}) == f"{place}: not a name of a file, or not UTF-8"
 
 
 # --- differences
@@ -454,7 +456,7 @@ def parse(*argv: str) -> Any:
 
 
 @given(tables, st.sampled_from(["pretrain", "sft"]), st.data())
-@settings(given_files, max_examples=20)
+@settings(given_files, max_examples=10)
 def test_every_field_is_a_flag(
     file: Path, table: dict[str, Any], command: str, data: st.DataObject
 ) -> None:
@@ -527,7 +529,7 @@ def test_a_bad_command_line_is_one_line(argv: list[str], complaint: str) -> None
         (["--model.path=x", "--model.preset=nano"], "give either preset or path"),
         (["--model.path=x", "--model.tokenizer=nano"], "a folder brings its own"),
         (["--model.path=x"], "x/tokenizer.model"),
-        (["--data.path=\udcff"], "data.path: not UTF-8 text"),
+        (["--data.path=\udcff"], "data.path: not a name of a file, or not UTF-8"),
         (["--run.steps=5", "--optimizer.warmup_steps=6"], "warmup_steps (6) are more than run.ste"),
         (["--optimizer.frezee=x"], "did you mean --optimizer.freeze?"),
     ],

@@ -66,7 +66,9 @@ def prompt_of(
     messages: list[dict[str, Any]], think: str | None = None, tools: list[Any] | None = None
 ) -> str:
     """What generation sees after these messages: of earlier thoughts, that there were some."""
-    messages = [{**m, "thinking": ""} if m.get("thinking") else dict(m) for m in messages]
+    # A thought that is over leaves its markers; an empty one (a fast answer) leaves nothing.
+    left = lambda thought: "" if thought else None
+    messages = [{**m, "thinking": left(m.get("thinking"))} for m in messages]
     for message in reversed(messages):
         if message["role"] == "user":
             message["content"] += SWITCHES[think]
@@ -233,15 +235,25 @@ def test_a_problem_of_tasks(file: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("thinking", [None, ""])
 @pytest.mark.parametrize("think", [None, "slow"])
-def test_turns_without_thoughts_are_one_example(file: Path, thinking: Any, think: Any) -> None:
-    messages = [user("Hi"), assistant("Ho", thinking), user("And?"), assistant("No.", thinking)]
+def test_turns_without_thoughts_are_one_example(file: Path, think: Any) -> None:
+    messages = [user("Hi"), assistant("Ho"), user("And?"), assistant("No.")]
     (example,) = conversations(file, {"messages": messages, "think": think})
-    thought = "" if thinking is None else "[unused16][unused17]"
     assert written(example) == (
-        f"{SYSTEM}[unused9]用户：Hi[unused10][unused9]助手：{{{thought}Ho[unused10]}}"
-        f"[unused9]用户：And?[unused10][unused9]助手：{{{thought}No.[unused10]}}"
+        f"{SYSTEM}[unused9]用户：Hi[unused10][unused9]助手：{{Ho[unused10]}}"
+        "[unused9]用户：And?[unused10][unused9]助手：{No.[unused10]}"
+    )
+
+
+def test_a_fast_answer_is_remembered_without_its_empty_thought(file: Path) -> None:
+    """As `infer.conversation` remembers it."""
+    messages = [user("Hi"), assistant("Ho", ""), user("And?"), assistant("No.", "")]
+    first, second = conversations(file, {"messages": messages})
+    hi = f"{SYSTEM}[unused9]用户：Hi[unused10][unused9]助手："
+    assert written(first) == f"{hi}{{[unused16][unused17]Ho[unused10]}}"
+    assert written(second) == (
+        f"{hi}Ho[unused10][unused9]用户：And?[unused10]"
+        "[unused9]助手：{[unused16][unused17]No.[unused10]}"
     )
 
 
@@ -370,7 +382,7 @@ def test_other_fields_say_nothing(file: Path) -> None:
 # --- documents
 
 
-@given(texts=st.lists(said, min_size=1, max_size=4), length=st.integers(1, 9))
+@given(texts=st.lists(said, min_size=1, max_size=4), length=st.integers(2, 9))
 @given_files
 def test_documents_are_cut_and_nothing_is_lost(file: Path, texts: list[str], length: int) -> None:
     pieces = documents(file, length, *({"text": text, "source": 5} for text in texts))
@@ -379,7 +391,8 @@ def test_documents_are_cut_and_nothing_is_lost(file: Path, texts: list[str], len
         got: list[int] = []
         while len(got) < len(expected):
             piece = pieces.pop(0)
-            got += piece.ids.tolist()
+            assert piece.ids[:1].tolist() == (got or expected)[-1 if got else 0 :][:1]
+            got = got[:-1] + piece.ids.tolist()
             assert piece.ids.size == length or len(got) == len(expected)
             assert piece.learn.all()
             assert piece.learn.shape == piece.ids.shape
@@ -548,7 +561,9 @@ def test_any_json_is_a_document_or_a_complaint(file: Path, line: Any) -> None:
     except InputError:
         refused("documents", file, ", line 2")
         return
-    assert [id for piece in found for id in piece.ids] == [BOS, *ids_of(line["text"]), END]
+    first, *rest = found
+    ids = [*first.ids, *(id for piece in rest for id in piece.ids[1:])]
+    assert ids == [BOS, *ids_of(line["text"]), END]
 
 
 @given(content=st.binary(max_size=60))

@@ -1,5 +1,6 @@
 """Runs: kept, stopped, killed and gone on with to the same bits, and refused in one line."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,18 +10,20 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import infer
 import pangu_jax
-from infer import check
+from infer import check, files
 from pangu_jax.errors import InputError, PanguError
 from pangu_jax.text import chat
 from pangu_jax.text.tokenizer import write_preset
 from train import __main__ as door
 from train import loop
 from train.record import Record, TrainingError
+from train.step import Metrics
 
 TINY = """
 vocab_size = 1024
@@ -273,6 +276,57 @@ def test_a_loss_that_is_no_number_stops_the_run(home: Path, tmp_path: Path, caps
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the loss is")
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+
+
+def test_gradients_without_a_norm_stop_the_run(
+    home: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave a run that can be looked at."""
+    add = Record.add
+
+    def overflow(self: Record, step: int, metrics: Metrics, tokens: int) -> None:
+        if step == 3:
+            metrics = dataclasses.replace(metrics, grad_norm=jnp.float32(np.inf))
+        add(self, step, metrics, tokens)
+
+    monkeypatch.setattr(Record, "add", overflow)
+    assert sft(home, tmp_path / "run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the norm of the gradients is inf at step 3")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_another_model_of_the_same_name_is_refused(home: Path, tmp_path: Path, capsys) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text(TINY)
+    flags = ("--model.preset", str(preset), "--run.steps", "2")
+    assert sft(home, tmp_path / "run", *flags) == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    preset.write_text(TINY.replace("rope_theta = 10_000.0", "rope_theta = 5_000.0"))
+    assert sft(home, tmp_path / "run", *flags) == 2
+    assert "the model changed since the run began" in capsys.readouterr().err
+
+
+def test_two_at_a_time_are_refused(home: Path, tmp_path: Path, capsys) -> None:
+    assert sft(home, tmp_path / "run", "--run.steps", "2") == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    with files.locked(tmp_path / "run" / ".lock"):
+        assert sft(home, tmp_path / "run", "--run.steps", "2") == 2
+    assert "another process is at work there" in capsys.readouterr().err
+
+
+def test_what_a_first_write_left_is_no_obstacle(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.toml.partial-1").write_text("half")
+    assert sft(home, tmp_path / "run", "--run.steps", "2") == 0
+
+
+def test_a_presets_ends_are_those_of_the_tokenizer(home: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "other.toml"
+    preset.write_text(TINY.replace("[15]", "[45]"))
+    flags = ("--model.preset", str(preset), "--run.steps", "2")
+    assert sft(home, tmp_path / "run", *flags) == 0
+    assert pangu_jax.load(tmp_path / "run" / "final").config.eos_token_ids == (15,)
 
 
 def test_long_examples_are_told_of(home: Path, tmp_path: Path, capsys) -> None:

@@ -17,7 +17,7 @@ import infer
 import pangu_jax
 from infer import __main__ as door
 from infer import evaluation, generation, inputs, loading
-from infer.evaluation import command
+from infer.evaluation import examine
 from infer.evaluation.problems import Problem
 from infer.evaluation.score import Evaluation
 from infer.output import Completion
@@ -196,7 +196,7 @@ def test_every_problem_is_asked_once_in_even_batches(
     played.groups.clear()
     asked = [problem("1 " * size, "1", task, difficulty) for size, task, difficulty in said]
     found = evaluation.evaluate(model, words, asked, modes, batch=batch)
-    prompts = command.encode(model.config, words, asked, modes)
+    prompts = examine.encode(model.config, words, asked, modes)
     assert [a.answer for a in found.answers if a.mode != "slow"] == [
         str(p.ids.sum()) for p in prompts if p.mode != "slow"
     ]
@@ -405,6 +405,6 @@ def test_a_folder_without_tokenizer(program: Eval) -> None:
 @pytest.mark.usefixtures("unloaded")
 def test_no_matplotlib_is_one_line(program: Eval, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "--plot needs matplotlib: pip install 'pangu-jax[plot]'" in program.refused(
+    assert "--plot needs matplotlib: pip install matplotlib" in program.refused(
         "--plot", str(program.home / "a.png")
     )

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from infer import plots
+from infer import files, plots
 from infer.evaluation import report, score
 from infer.evaluation.score import Answer, Evaluation, Speed
 from pangu_jax.errors import InputError
@@ -220,15 +220,15 @@ def test_plots_that_cannot_be(tmp_path: Path) -> None:
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"^--loss-plot needs matplotlib: pip install 'pangu-jax"):
+    with pytest.raises(InputError, match=r"^--loss-plot needs matplotlib: pip install matplotlib"):
         plots.check(tmp_path / "a.png", "--loss-plot")
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "a.json"
-    plots.write(path, b"old")
+    files.write(path, b"old")
     (tmp_path / "link").symlink_to("a.json")
-    plots.write(tmp_path / "link", b"new")
+    files.write(tmp_path / "link", b"new")
     assert path.read_bytes() == b"new"
     assert (tmp_path / "link").is_symlink()
 
@@ -237,6 +237,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch) -> No
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        plots.write(path, b"newer")
+        files.write(path, b"newer")
     assert path.read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == ["a.json", "link"]
