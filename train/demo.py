@@ -54,8 +54,9 @@ def run(command: Demo) -> int:
         print(line)
     sys.stdout.flush()
     say(
-        f"\n{time.perf_counter() - start:,.0f} s in all; more in {folder}. Talk to it, of nothing "
-        f"but its tasks:\n  {_program()} chat --model {shlex.quote(str(final))} --think slow"
+        f"\n{time.perf_counter() - start:,.0f} s in all; more in {folder}. Ask it more of the same "
+        "kind, one question at a time (/reset makes it forget the last):\n"
+        f"  {_program()} chat --model {shlex.quote(str(final))} --think slow"
     )
     return 0
 

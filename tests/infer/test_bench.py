@@ -41,7 +41,7 @@ def test_bytes_of_a_step(name: str, batch: int, expected: int) -> None:
 def test_a_small_run_prints_numbers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 2**22)
     monkeypatch.setattr(bench, "FLOPS_SIDE", {"cpu": 64})
-    argv = ["bench", "--model", "nano", "--prompt", "8", "--tokens", "4", "--repeats", "1"]
+    argv = ["bench", "--model", "nano", "--prompt", "8", "--tokens", "96", "--repeats", "3"]
     assert door.main([*argv, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {field.name for field in dataclasses.fields(bench.Result)} == result.keys()

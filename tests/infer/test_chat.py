@@ -393,7 +393,7 @@ class talking:
 )
 def test_bad_settings_are_one_line(scripted: Path, flags, complaint, capsys, monkeypatch) -> None:
     monkeypatch.setattr(command.loading, "model", lambda _: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(door, "prepare_jax", lambda: None)
+    monkeypatch.setattr("infer.door.prepare_jax", lambda: None)
     assert door.main(["chat", "--model", str(scripted), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""

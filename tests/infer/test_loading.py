@@ -20,7 +20,7 @@ from pangu_jax.text.tokenizer import Tokenizer
 from tests.infer.test_conversation import write_random
 
 ROOT = Path(__file__).parent.parent.parent
-ALL = ("chat", "generate", "check", "bench", "demo")
+ALL = ("chat", "generate", "check", "eval", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_bad_flags_are_one_line_before_the_model_is_loaded(
     folder: Path, flags: list[str], complaint: str, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(loading, "model", lambda command: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(door, "prepare_jax", lambda: None)
+    monkeypatch.setattr("infer.door.prepare_jax", lambda: None)
     code = door.main(["generate", "--model", str(folder), "--prompt", "Hi", *flags])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
