@@ -49,8 +49,8 @@ class RunFolder:
         Raises InputError where the run began with others, or one does.
         """
         digest = hashlib.sha256(repr(model).encode())
-        for file in sorted(Path(config.model.path or "").glob("*.safetensors")):
-            if config.model.path is not None:
+        if config.model.path is not None:
+            for file in sorted(Path(config.model.path).glob("*.safetensors")):
                 digest.update(files.fingerprint(file).encode())
         for array in (rows.tokens, rows.segments, rows.learn):
             digest.update(array.tobytes())
