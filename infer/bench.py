@@ -143,8 +143,8 @@ def step_bytes(model: Pangu, length: int, batch: int) -> int:
     weights = config.num_active_parameters
     if config.moge is not None:
         expert = 3 * config.hidden_size * config.moge.expert_width
-        picked = min(batch * config.moge.num_groups, config.moge.num_experts)
-        weights += config.num_layers * expert * (picked - config.moge.num_groups)
+        picked = min(batch * config.moge.experts_per_token, config.moge.num_experts)
+        weights += config.num_layers * expert * (picked - config.moge.experts_per_token)
     if not config.tie_embeddings:
         weights -= config.vocab_size * config.hidden_size
     return weights * size + batch * length * config.kv_bytes_per_token(size)

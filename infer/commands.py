@@ -22,6 +22,10 @@ class ModelFlags:
     dtype: DType | None = flag("dtype of weights and activations (else the folder's)", None)
     layout: str | None = flag("a layout's name or TOML file", None, metavar="NAME")
     form: FormName | None = flag("layer form (else by platform)", None)
+    voted_experts: int | None = flag(
+        "LOSSY: use only so many experts of each group, the most wanted of all tokens of a call",
+        None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,12 @@ CHUNK tokens.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from infer import sampler
@@ -16,7 +18,9 @@ from pangu_jax import cache as caches
 from pangu_jax import model as models
 from pangu_jax.cache import Cache, Meta
 from pangu_jax.model import Pangu
-from pangu_jax.pytree import pytree
+from pangu_jax.parallel import boundary
+from pangu_jax.parallel.layout import Layout
+from pangu_jax.pytree import pytree, unchecked
 
 # Decode steps of one dispatch at most (own choice): few host round trips, and Ctrl-C still answers.
 CHUNK = 32
@@ -44,7 +48,8 @@ class Request:
 
     limits: the most tokens of each row
     stops: ids that end a row, padded with -1
-    sources: the prompt that each row continues; None where each has its own
+    sources: the prompt that each row continues; None where each has its own, and on layouts with
+        replicas of attention, which share no cache
     thought: how far the thought is that a prompt leaves open
     """
 
@@ -61,14 +66,14 @@ def prefill(
     model: Pangu, tokens: Int[Array, "P T"], mask: Bool[Array, "P T"], request: Request, top: int
 ) -> tuple[State, Choice]:
     """The prompts in a fresh cache of their own width, and the first token of each row."""
+    where, blank = model.layout, model.empty_cache(*tokens.shape)
 
-    def local(model: Pangu, tokens: Array, mask: Array, request: Request) -> tuple:
+    def local(model: Pangu, blank: Cache, tokens: Array, mask: Array, request: Request) -> tuple:
         P, T = tokens.shape
-        meta = Meta.from_mask(mask)
-        hidden, cache = models.forward(model, tokens.reshape(-1), meta, model.empty_cache(P, T))
+        hidden, cache = models.forward(model, tokens.reshape(-1), Meta.from_mask(mask), blank)
         assert cache is not None
         last = jnp.maximum(cache.length - 1, 0)
-        ends = hidden.reshape(P, T, -1)[jnp.arange(P), last]
+        ends = boundary.whole(hidden, P * T, where).reshape(P, T, -1)[jnp.arange(P), last]
         final = tokens[jnp.arange(P), last]
         history = None
         if request.controls.shaping is not None:
@@ -80,7 +85,10 @@ def prefill(
         state = State(cache, final, request.limits, history, request.thought)
         return _advance(model, state, ends, request, top)
 
-    state, choice = models.on_mesh(model, local)(model, tokens, mask, request)
+    rows, held = where.rows, caches.specs(blank, where)
+    in_specs = (held, rows, rows, _request_specs(request, where))
+    run = models.on_mesh(model, local, in_specs, (_state_specs(held, where), rows))
+    state, choice = run(model, blank, tokens, mask, request)
     return state, jax.tree.map(lambda array: array[:, None], choice)
 
 
@@ -91,6 +99,8 @@ def decode(
     """Up to `steps` more tokens of every unfinished row, in a Choice of [B, CHUNK] arrays; the
     token is -1 where a row had finished.
     """
+    where = model.layout
+    replicas = where.of("batch")
 
     def local(model: Pangu, state: State, request: Request, steps: Array) -> tuple:
         B = state.token.shape[0]
@@ -108,11 +118,41 @@ def decode(
             put = lambda buffer, new: lax.dynamic_update_index_in_dim(buffer, new, i, axis=1)
             return i + 1, state, jax.tree.map(put, choices, choice)
 
-        going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].left > 0)
-        _, state, choices = lax.while_loop(going, step, (jnp.int32(0), state, blank))
+        def going(carry: tuple) -> Array:
+            alive = jnp.any(carry[1].left > 0)
+            if replicas:  # all of them stop together: a step has collectives
+                alive = lax.pmax(alive.astype(jnp.int32), replicas) > 0
+            return (carry[0] < steps) & alive
+
+        begin = (jnp.int32(0), state, boundary.varying(blank, replicas))
+        _, state, choices = lax.while_loop(going, step, begin)
         return state, choices
 
-    return models.on_mesh(model, local)(model, state, request, steps)
+    states = _state_specs(caches.specs(state.cache, where), where)
+    in_specs = (states, _request_specs(request, where), PartitionSpec())
+    run = models.on_mesh(model, local, in_specs, (states, where.rows))
+    return run(model, state, request, steps)
+
+
+def _state_specs(cache: Any, where: Layout) -> State:
+    """How the mesh splits a State: its rows over replicas of attention."""
+    rows = where.rows
+    return unchecked(State, cache=cache, token=rows, left=rows, history=rows, thought=rows)
+
+
+def _request_specs(request: Request, where: Layout) -> Request:
+    rows, same, budget = where.rows, PartitionSpec(), None
+    if request.budget is not None:
+        budget = unchecked(Budget, limit=rows, start=same, end=same, ends_sentence=same)
+    return unchecked(
+        Request,
+        controls=rows,
+        limits=rows,
+        stops=rows,
+        sources=same,
+        budget=budget,
+        thought=rows,
+    )
 
 
 @jax.jit(static_argnames="capacity")
@@ -126,6 +166,7 @@ def _decode_one(model: Pangu, state: State, request: Request, top: int) -> tuple
     meta = Meta(state.cache.length[:, None], alive[:, None])
     hidden, cache = models.forward(model, state.token, meta, state.cache)
     assert cache is not None
+    hidden = boundary.whole(hidden, alive.size, model.layout)
     return _advance(model, dataclasses.replace(state, cache=cache), hidden, request, top)
 
 

@@ -107,11 +107,14 @@ class Decoding:
         self.steps = 0
         """Tokens that the longest row has so far."""
         self._model = model
-        self._tokens, self._mask = inputs.pad(prompts)
+        where = model.layout
+        of_rows = [p for p, each in zip(prompts, settings, strict=True) for _ in range(each.n)]
+        # A replica of attention has its rows' caches, and no others': it reads a prompt n times.
+        self._tokens, self._mask = inputs.pad(of_rows if where.of("batch") else prompts, where)
         # In powers of two: every number is a program of its own.
         most = max(each.top_logprobs for each in settings)
         self._top = inputs.bucket(most) if most else 0
-        self._request = inputs.request(model.config, prompts, settings, ends, tokenizer)
+        self._request = inputs.request(model.config, prompts, settings, ends, tokenizer, where)
         self._state: State | None = None
 
     @property

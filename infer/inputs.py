@@ -17,6 +17,7 @@ from infer.sampler import Controls, Shaping
 from infer.sampling import Sampling
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
+from pangu_jax.parallel.layout import Layout
 from pangu_jax.text.tokenizer import Tokenizer
 
 SMALLEST_PROMPT = 16
@@ -86,9 +87,9 @@ def end_ids(sampling: Sampling, config: ModelConfig) -> frozenset[int]:
     return ends if sampling.ignore_eos else ends | frozenset(config.eos_token_ids)
 
 
-def pad(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def pad(prompts: list[np.ndarray], where: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Prompts on the left of a [rows, width] grid of bucket sizes, and the mask of what is real."""
-    rows = bucket(len(prompts))
+    rows = where.round_rows(bucket(len(prompts)))
     width = bucket(max(prompt.size for prompt in prompts), SMALLEST_PROMPT)
     tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
     for row, prompt in enumerate(prompts):
@@ -103,10 +104,11 @@ def request(
     settings: list[Sampling],
     ends: list[frozenset[int]],
     tokenizer: Tokenizer | None,
+    where: Layout,
 ) -> Request:
     """The rows of all prompts, padded to a bucket with rows that have nothing to do."""
     rows = [(i, j) for i, each in enumerate(settings) for j in range(each.n)]
-    blank = bucket(len(rows)) - len(rows)
+    blank = where.round_rows(bucket(len(rows))) - len(rows)
     # The token after the last position is chosen but never fed back, so a full prompt gets one.
     limits = [
         min(settings[i].max_new_tokens, config.max_positions - prompts[i].size + 1) for i, _ in rows
@@ -116,7 +118,7 @@ def request(
         stops[row, : len(ends[i])] = sorted(ends[i])
     of_row = [settings[i] for i, _ in rows] + [Sampling()] * blank
     sources = None
-    if len(rows) > len(prompts):
+    if len(rows) > len(prompts) and not where.of("batch"):
         sources = jnp.asarray([i for i, _ in rows] + [0] * blank, jnp.int32)
     budget = thought = None
     if any(each.thinking_budget is not None for each in settings):

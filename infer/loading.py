@@ -11,7 +11,7 @@ import pangu_jax
 from infer import progress
 from infer.commands import ModelFlags, SamplingFlags
 from infer.sampling import Sampling
-from pangu_jax import strict
+from pangu_jax import build, strict
 from pangu_jax.checkpoint import hf
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import CheckpointError, ConfigError, InputError
@@ -38,6 +38,8 @@ def model(command: ModelFlags) -> tuple[Pangu, float]:
             command.model, command.dtype, command.layout, command.form, progress=advance
         )
         jax.block_until_ready(loaded)
+    if command.voted_experts is not None:
+        loaded = build.with_voting(loaded, command.voted_experts)
     return loaded, time.perf_counter() - start
 
 

@@ -173,4 +173,4 @@ def _cut(
         above = jnp.sum(jnp.where(keys > higher[:, None], weights, 0.0), axis=-1)
         return jnp.where(above >= needed, higher, low)
 
-    return lax.fori_loop(0, 32, bit, jnp.full(keys.shape[:1], LOWEST, jnp.int32))
+    return lax.fori_loop(0, 32, bit, jnp.full_like(keys[:, 0], LOWEST))

@@ -33,9 +33,9 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, param: Any):
         K, H, D = config.num_kv_heads, config.head_dim, config.hidden_size
         fused = config.num_heads // K + 2
-        self.qkv = param(K, fused, H, D)
-        self.qkv_bias = param(K, fused, H) if config.attention_bias else None
-        self.out = param(D, config.num_heads * H)
+        self.qkv = param(K, fused, H, D, heads=0, fsdp=3)
+        self.qkv_bias = param(K, fused, H, heads=0) if config.attention_bias else None
+        self.out = param(D, config.num_heads * H, heads=1, fsdp=0)
         self.out_bias = param(D) if config.attention_bias else None
 
     def __call__(

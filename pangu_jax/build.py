@@ -5,22 +5,24 @@ go through their names, such as `blocks.3.attention.qkv`; a leaf of stacked laye
 such name per layer.
 """
 
+import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pangu_jax.config import DType, ModelConfig
 from pangu_jax.errors import ConfigError
-from pangu_jax.model import Form, Pangu
+from pangu_jax.model import Form, Pangu, specs
 from pangu_jax.origin import Origin
-from pangu_jax.parallel import layout
+from pangu_jax.parallel import fit, layout
 from pangu_jax.parallel.layout import Layout
 
 
@@ -36,14 +38,19 @@ def abstract(
     where: Layout | str | None = None,
     form: Form | None = None,
     origin: Origin = Origin(),
+    devices: Sequence[Any] | None = None,
 ) -> Pangu:
-    """The model as shapes and dtypes, no data: what loading, initialising and planning fill or
-    read.
+    """The model as shapes, dtypes and places, no data: what loading, initialising and planning fill
+    or read.
+
+    devices: those of the mesh, by default the first ones JAX sees
+    Raises ConfigError, also where the model does not fit the layout.
     """
     check_choices(form, dtype)
-    placed = layout.load(where)
+    devices = layout.default_devices() if devices is None else devices
+    placed = layout.load(where).over(len(devices))
     kind = jnp.dtype(config.dtype if dtype is None else dtype)
-    mesh = placed.make_mesh()
+    mesh = placed.make_mesh(devices)
     return Pangu(config, form or default_form(mesh), kind, placed, mesh, origin)
 
 
@@ -60,6 +67,14 @@ def check_choices(form: Any, dtype: Any) -> None:
         raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}, not {name}")
 
 
+def own_shapes(model: Pangu) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf without what its layout adds (see `parallel.fit`), by name."""
+    one = layout.load(None)
+    mesh = one.make_mesh(list(model.mesh.devices.flat))
+    bare = Pangu(model.config, model.form, model.dtype, one, mesh)
+    return {name: leaf.shape for name, leaf in named_leaves(bare)}
+
+
 def named_leaves(model: Pangu) -> Iterator[tuple[str, Any]]:
     """Every leaf with its dotted name, such as `blocks.0.attention.qkv`, in tree order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
@@ -70,6 +85,49 @@ def fill(model: Pangu, leaf: Callable[[str, Any], Array]) -> Pangu:
     """A model of the same structure whose leaves are `leaf(name, old leaf)`."""
     leaves = [leaf(name, old) for name, old in named_leaves(model)]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def weights(model: Pangu) -> dict[str, Array]:
+    """The model's own numbers by leaf name: the same whatever its layout, on the model's devices.
+
+    Parts of them lie where the layout puts them, except along axes that it had to pad or repeat.
+    """
+    shapes, where, found = own_shapes(model), places(model), {}
+    for name, held in named_leaves(model):
+        found[name] = own = fit.own_numbers(name, held, shapes[name])
+        if own is not held:
+            found[name] = lax.with_sharding_constraint(own, where[name])
+    return found
+
+
+def places(model: Pangu) -> dict[str, NamedSharding]:
+    """Where `weights` puts each leaf."""
+    shapes, found = own_shapes(model), {}
+    for (name, held), spec in zip(named_leaves(model), jax.tree.leaves(specs(model)), strict=True):
+        kept = [
+            part if size == own else None
+            for part, size, own in zip(spec, held.shape, shapes[name], strict=True)
+        ]
+        found[name] = NamedSharding(model.mesh, PartitionSpec(*kept))
+    return found
+
+
+def with_weights(like: Pangu, own: Mapping[str, Array]) -> Pangu:
+    """The model of `like`'s structure and layout with these weights; differentiable."""
+    return fill(like, lambda name, held: fit.hold(name, own[name], held.shape))
+
+
+def with_voting(model: Pangu, voted_experts: int | None) -> Pangu:
+    """The same weights with `MoGEConfig.voted_experts`, which is LOSSY; None is exact routing.
+
+    Raises ConfigError.
+    """
+    if model.config.moge is None:
+        raise ConfigError("voted_experts: the model has no experts")
+    moge = dataclasses.replace(model.config.moge, voted_experts=voted_experts)
+    config = dataclasses.replace(model.config, moge=moge)
+    like = Pangu(config, model.form, model.dtype, model.layout, model.mesh, model.origin)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
 
 
 def layer_names(model: Pangu, name: str) -> list[str] | None:
@@ -116,10 +174,11 @@ def init(
     """A randomly initialised model: matrices normal with `init_range`, norms and router_scale 1,
     biases 0.
 
-    Both forms hold the same numbers: the key of a layer's leaf is folded from its name.
+    Both forms hold the same numbers, and so does every layout: the key of a layer's leaf is folded
+    from its name.
     """
     model = abstract(config, dtype=dtype, where=where, form=form)
-    whole = NamedSharding(model.mesh, PartitionSpec())
+    shapes = own_shapes(model)
 
     def draw(name: str, like: Any) -> Array:
         if name.endswith(("norm.weight", "router_scale")):
@@ -130,11 +189,13 @@ def init(
         return _normal(own, np.float32(config.init_range), like.shape, like.dtype)
 
     def leaf(name: str, like: Any) -> Array:
-        names = layer_names(model, name)
+        names, shape = layer_names(model, name), shapes[name]
         if names is None:
-            return jax.device_put(draw(name, like), whole)
-        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-        return jax.device_put(jnp.stack([draw(own, one) for own in names]), whole)
+            drawn = draw(name, jax.ShapeDtypeStruct(shape, like.dtype))
+        else:
+            one = jax.ShapeDtypeStruct(shape[1:], like.dtype)
+            drawn = jnp.stack([draw(own, one) for own in names])
+        return jax.device_put(fit.hold(name, drawn, like.shape), like.sharding)
 
     return fill(model, leaf)
 

@@ -7,13 +7,17 @@ both are updated in place when donated.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.config import ModelConfig
+from pangu_jax.parallel.layout import Layout
 from pangu_jax.pytree import pytree
 
 
@@ -103,6 +107,17 @@ def empty(
         jnp.zeros(shape if run is None else (run, *shape), dtype) for run in runs
     )
     return Cache(buffers(), buffers(), jnp.zeros(batch, jnp.int32))
+
+
+def specs(cache: Cache, where: Layout) -> Any:
+    """How a mesh splits a cache, a tree like it with PartitionSpecs: sequences over replicas of
+    attention, heads within one.
+    """
+    batch, heads = where.of("batch") or None, where.of("heads") or None
+    of_buffer = lambda ndim: PartitionSpec(*[None] * (ndim - 4), batch, heads)
+    return jax.tree.map(
+        lambda leaf: PartitionSpec(batch) if leaf.ndim == 1 else of_buffer(leaf.ndim), cache
+    )
 
 
 def grow(cache: Cache, capacity: int) -> Cache:

@@ -8,6 +8,7 @@ from pangu_jax import strict
 from pangu_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+Router = Literal["grouped", "topk"]
 
 # No field of a model is near this; a larger one is damage, caught before anything is allocated.
 MAX_DIMENSION = 2**24
@@ -16,8 +17,12 @@ MAX_LAYERS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class MoGEConfig:
-    """Mixture of Grouped Experts (arXiv 2505.21411, section 2): one expert of every group per
-    token.
+    """Mixture of Grouped Experts (arXiv 2505.21411, section 2): as many experts of every group for
+    each token.
+
+    Published models are "grouped" with one expert per group. "topk" is the conventional router that
+    the paper compares with (its eq. 1 and 2): one group of all experts, and a softmax over the
+    chosen ones.
     """
 
     num_experts: int
@@ -26,15 +31,41 @@ class MoGEConfig:
     """FFN width of one routed expert."""
     shared_width: int
     """FFN width of the shared experts, fused into one MLP."""
+    per_group: int = 1
+    """Experts of every group that a token passes through."""
+    router: Router = "grouped"
+    voted_experts: int | None = None
+    """LOSSY, never part of a checkpoint: only so many experts of each group, those that most tokens
+    of the call want, are used for all of its tokens (MERRouter of Huawei's vllm-ascend, with 5 of 8
+    on 300I Duo). What a token gets then depends on the others. None is exact routing.
+    """
 
     def __post_init__(self) -> None:
         strict.coerce_fields(self)
-        _check_dimensions(self, ("num_experts", "num_groups", "expert_width", "shared_width"))
+        sizes = ("num_experts", "num_groups", "expert_width", "shared_width", "per_group")
+        _check_dimensions(self, sizes)
         if self.num_experts % self.num_groups:
             raise ConfigError(
                 f"num_experts ({self.num_experts}) must be a multiple of the number of groups "
                 f"({self.num_groups})"
             )
+        if self.router == "topk" and self.num_groups != 1:
+            raise ConfigError("router 'topk' knows one group: num_groups must be 1")
+        most = self.num_experts // self.num_groups
+        if self.per_group > most:
+            raise ConfigError(f"per_group ({self.per_group}) is more than a group's {most} experts")
+        if self.voted_experts is None:
+            return
+        if self.router != "grouped" or not self.per_group <= self.voted_experts <= most:
+            raise ConfigError(
+                f"voted_experts must be from per_group ({self.per_group}) to a group's {most} "
+                "experts, with router 'grouped'"
+            )
+
+    @property
+    def experts_per_token(self) -> int:
+        """Routed experts that each token passes through."""
+        return self.num_groups * self.per_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +155,7 @@ class ModelConfig:
         if self.moge is None:
             return count + 3 * D * (self.intermediate_size or 0)
         m = self.moge
-        experts = m.num_groups if active else m.num_experts
+        experts = m.experts_per_token if active else m.num_experts
         router = m.num_experts * D + m.num_experts
         return count + router + 3 * D * (experts * m.expert_width + m.shared_width)
 

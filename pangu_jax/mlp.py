@@ -15,8 +15,8 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, hidden_size: int, width: int, param: Any):
-        self.gate_up = param(2, width, hidden_size)
-        self.down = param(hidden_size, width)
+        self.gate_up = param(2, width, hidden_size, ffn=1, fsdp=2)
+        self.down = param(hidden_size, width, ffn=1, fsdp=0)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """This device's partial sum of the output."""

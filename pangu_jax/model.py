@@ -19,8 +19,9 @@ leading axis, under `lax.scan` (training, TPU: the program stays small). `conver
 one into the other.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,8 +43,8 @@ from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
-from pangu_jax.parallel import boundary
-from pangu_jax.parallel.layout import Layout
+from pangu_jax.parallel import boundary, fit
+from pangu_jax.parallel.layout import Layout, Role
 
 Form = Literal["separate", "stacked"]
 Tap = Callable[[Array, Routing | None], Any]
@@ -72,18 +73,21 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "N D"], LayerCache | None, Routing | None]:
         """The residual stream and the cache after this layer, and the routing of a MoGE layer."""
         with jax.named_scope("attention"):
-            axes = where.split(where.attention.heads)
-            h = boundary.enter(self.attention_norm(x), axes)
+            axes = where.of("heads")
+            h = boundary.enter(self.attention_norm(x), axes, where)[: meta.positions.size]
             h, cache = self.attention(h, angles, meta, cache)
-            h = boundary.leave(h, axes)
+            h = boundary.leave(boundary.pad(h, where), axes, where)
             if self.attention.out_bias is not None:
                 h = h + self.attention.out_bias[...][None, :]
             x = x + h
         with jax.named_scope("mlp"):
-            axes = where.split(where.shared.ffn)
-            h = boundary.enter(self.mlp_norm(x), axes)
-            h, routing = self.mlp(h) if isinstance(self.mlp, MoGE) else (self.mlp(h), None)
-            x = x + boundary.leave(h, axes)
+            h, routing = self.mlp_norm(x), None
+            if isinstance(self.mlp, MoGE):
+                h, routing = self.mlp(h, meta, where)
+            else:
+                axes = where.of("ffn")
+                h = boundary.leave(self.mlp(boundary.enter(h, axes, where)), axes, where)
+            x = x + h
         return x, cache, routing
 
 
@@ -101,14 +105,16 @@ class Pangu(nnx.Module):
     ):
         self.config, self.form, self.layout, self.mesh = config, form, where, mesh
         self.origin = origin
-        one, L = _abstract_param(dtype), config.num_layers
-        self.embed = one(config.vocab_size, config.hidden_size)
+        held, L = fit.held(config, where), config.num_layers
+        one, run = _maker(dtype, where, mesh), _maker(dtype, where, mesh, L)
+        vocab = lambda: one(held.vocab_size, held.hidden_size, vocab=0, fsdp=1)
+        self.embed = vocab()
         if form == "stacked":
-            self.blocks = nnx.List([Block(config, _abstract_param(dtype, L))])
+            self.blocks = nnx.List([Block(held, run)])
         else:
-            self.blocks = nnx.List([Block(config, one) for _ in range(L)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, one)
-        self.head = None if config.tie_embeddings else one(config.vocab_size, config.hidden_size)
+            self.blocks = nnx.List([Block(held, one) for _ in range(L)])
+        self.norm = RMSNorm(held.hidden_size, held.norm_eps, one)
+        self.head = None if config.tie_embeddings else vocab()
 
     def __call__(
         self,
@@ -141,8 +147,13 @@ class Pangu(nnx.Module):
         return tuple(block.attention_norm.weight.shape[0] for block in self.blocks)
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A KV cache for this model with `capacity` slots per sequence."""
-        return caches.empty(self.config, self.runs, batch, capacity, self.dtype)
+        """A KV cache for this model with `capacity` slots per sequence, on its devices."""
+        held = fit.held(self.config, self.layout)
+        blank = caches.empty(held, self.runs, batch, capacity, self.dtype)
+        place = lambda leaf, spec: lax.with_sharding_constraint(
+            leaf, NamedSharding(self.mesh, spec)
+        )
+        return jax.tree.map(place, blank, caches.specs(blank, self.layout))
 
 
 def forward(
@@ -150,12 +161,13 @@ def forward(
     tokens: Int[Array, " N"],
     meta: Meta,
     cache: Cache | None = None,
-) -> tuple[Float[Array, "N D"], Cache | None]:
-    """Final hidden states (normalised, ready for `logits`) of flat tokens, and the updated cache.
+) -> tuple[Float[Array, "shard D"], Cache | None]:
+    """Final hidden states (normalised) of flat tokens, and the updated cache.
 
-    Runs on one device's shards, under `on_mesh`. Without a cache the tokens attend to each other;
-    with one they are written to their slots and attend to everything cached at or before their
-    positions.
+    Runs on one device's shards, under `on_mesh`: the tokens, metadata and cache are those of one
+    replica of attention, the states this device's part of the stream (`boundary.whole` has them
+    all). Without a cache the tokens attend to each other; with one they are written to their slots
+    and attend to everything cached at or before their positions.
     """
     hidden, cache, _ = tapped_forward(model, tokens, meta, cache, lambda x, routing: None)
     return hidden, cache
@@ -163,20 +175,28 @@ def forward(
 
 def tapped_forward(
     model: Pangu, tokens: Int[Array, " N"], meta: Meta, cache: Cache | None, tap: Tap
-) -> tuple[Float[Array, "N D"], Cache | None, list[Any]]:
+) -> tuple[Float[Array, "shard D"], Cache | None, list[Any]]:
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
     """
+    where, own_specs = model.layout, specs(model)
     with exact_if_float32(model.dtype):
-        x = embed(model, tokens)
+        x = boundary.varying(embed(model, tokens), where.stream)
         config = model.config
         angles = rope.table(meta.positions, config.rope_theta, config.head_dim, model.dtype)
+
+        # Gathered weights would be kept for the backward pass, every layer's: it gathers again.
+        remat = jax.checkpoint if where.of("fsdp") else lambda function: function
         run_layers = _scan_run if model.form == "stacked" else _single_layer
         keys, values, kept = [], [], []
         for i, block in enumerate(model.blocks):
+
+            def layer(block: Block, x: Array, layer_cache: LayerCache | None, i: int = i) -> tuple:
+                block = boundary.unshard(block, own_specs.blocks[i], where)
+                return block(x, angles, meta, layer_cache, where)
+
             pair = (cache.keys[i], cache.values[i]) if cache is not None else None
-            layer = lambda block, x, layer_cache: block(x, angles, meta, layer_cache, model.layout)
-            x, pair, taps = run_layers(layer, block, x, pair, tap)
+            x, pair, taps = run_layers(remat(layer), block, x, pair, tap)
             kept.append(taps)
             if pair is not None:
                 keys.append(pair[0])
@@ -210,22 +230,65 @@ def _scan_run(layer: Callable, blocks: Block, x: Array, pair: Any, tap: Tap) -> 
     return x, pair, taps
 
 
-def embed(model: Pangu, tokens: Int[Array, " N"]) -> Float[Array, "N D"]:
+def embed(model: Pangu, tokens: Int[Array, " N"]) -> Float[Array, "shard D"]:
     """The first state of the residual stream; an id outside the vocabulary (padding) is clipped."""
+    where = model.layout
+    axes = where.of("vocab")
     with jax.named_scope("embed"):
-        return jnp.take(model.embed[...], tokens, axis=0, mode="clip")
+        ids = boundary.spread(tokens, axes, where)
+        table = boundary.unshard(model.embed, specs(model).embed, where)[...]
+        ids = jnp.clip(ids, 0, model.config.vocab_size - 1)
+        if not axes:
+            return jnp.take(table, ids, axis=0)
+        ids = ids - lax.axis_index(axes) * table.shape[0]
+        mine = (ids >= 0) & (ids < table.shape[0])
+        x = jnp.where(mine[:, None], jnp.take(table, ids, axis=0, mode="clip"), 0)
+        return boundary.leave(x, axes, where)
 
 
-def logits(model: Pangu, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
-    """Float32 logits of final hidden states; a tied head is the embedding itself."""
-    head = model.embed if model.head is None else model.head
-    with exact_if_float32(model.dtype), jax.named_scope("head"):
-        return linear(hidden, head[...], jnp.float32)
+def logits(model: Pangu, rows: Float[Array, "R D"]) -> Float[Array, "R V"]:
+    """Float32 logits of a replica's hidden states, which every rank of its heads has."""
+    where = model.layout
+    axes = where.of("vocab")
+    replicas = tuple(axis for axis in axes if axis in where.of("batch"))
+    heads = tuple(axis for axis in axes if axis in where.of("heads"))
+    with jax.named_scope("head"):
+        if replicas:  # each has a part of the vocabulary, for the rows of all of them
+            rows = lax.all_gather(rows, replicas, axis=0, tiled=True)
+        with exact_if_float32(model.dtype):
+            z = linear(rows, head(model), jnp.float32)
+        if replicas:
+            z = lax.all_to_all(z, replicas, split_axis=0, concat_axis=1, tiled=True)
+        if heads:
+            z = lax.all_gather(z, heads, axis=1, tiled=True, to="invarying")
+        return z[:, : model.config.vocab_size]
 
 
-def on_mesh(model: Pangu, local: Callable) -> Callable:
+def head(model: Pangu) -> Float[Array, "part D"]:
+    """This device's rows of the output matrix, which may end in padding; a tied head is the
+    embedding itself.
+    """
+    own = specs(model)
+    held, spec = (model.embed, own.embed) if model.head is None else (model.head, own.head)
+    return boundary.unshard(held, spec, model.layout)[...]
+
+
+def specs(model: Pangu) -> Any:
+    """How the mesh splits every leaf: a tree like the model with PartitionSpecs."""
+    return _specs(model.config, model.form, model.layout, model.mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def _specs(config: ModelConfig, form: Form, where: Layout, mesh: Mesh) -> Any:
+    abstract = Pangu(config, form, jnp.float32, where, mesh)
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
+
+
+def on_mesh(model: Pangu, local: Callable, in_specs: Any = (), out_specs: Any = None) -> Callable:
     """`local(model, ...)`, written for one device, as a function of global arrays on the model's
     mesh.
+
+    in_specs: of the arguments after the model
     """
     ambient = jax.sharding.get_abstract_mesh()
     if AxisType.Manual in ambient.axis_types:
@@ -238,17 +301,36 @@ def on_mesh(model: Pangu, local: Callable) -> Callable:
             f"a mesh {dict(ambient.shape)} is set around this call; pangu_jax passes its own: "
             "leave jax.set_mesh before calling the model, and choose devices with a layout"
         )
-    spec = PartitionSpec()  # a mesh of ones: every array is whole
-    return jax.shard_map(local, mesh=model.mesh, in_specs=spec, out_specs=spec)
+    out_specs = PartitionSpec() if out_specs is None else out_specs
+    model_specs = jax.tree.unflatten(
+        jax.tree.structure(model), jax.tree.leaves(specs(model))
+    )  # origins differ
+    return jax.shard_map(
+        local, mesh=model.mesh, in_specs=(model_specs, *in_specs), out_specs=out_specs
+    )
 
 
 @jax.jit
 def _logits(model: Pangu, tokens: Array, mask: Array) -> Array:
+    where = model.layout
+    tokens, mask, count = pad_rows(where, tokens, mask)
+
     def local(model: Pangu, tokens: Array, mask: Array) -> Array:
         hidden, _ = forward(model, tokens.reshape(-1), Meta.from_mask(mask))
-        return logits(model, hidden).reshape(*tokens.shape, -1)
+        rows = boundary.whole(hidden, tokens.size, where)
+        return logits(model, rows).reshape(*tokens.shape, -1)
 
-    return on_mesh(model, local)(model, tokens, mask)
+    run = on_mesh(model, local, (where.rows, where.rows), where.rows)
+    return run(model, tokens, mask)[:count]
+
+
+def pad_rows(where: Layout, tokens: Array, mask: Array) -> tuple[Array, Array, int]:
+    """Tokens and mask with rows of padding, as many as the replicas of attention can share; and how
+    many there were.
+    """
+    count = tokens.shape[0]
+    more = [(0, where.round_rows(count) - count), (0, 0)]
+    return jnp.pad(tokens, more), jnp.pad(mask, more), count
 
 
 def check_tokens(config: ModelConfig, tokens: Any, mask: Any) -> tuple[Any, Any]:
@@ -285,6 +367,18 @@ def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
         raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
 
 
-def _abstract_param(dtype: DTypeLike, *lead: int) -> Callable[..., nnx.Param]:
-    """A maker of parameters that have a shape and dtype but no data yet; `lead` axes come first."""
-    return lambda *shape: nnx.Param(jax.ShapeDtypeStruct((*lead, *shape), dtype))
+def _maker(dtype: DTypeLike, where: Layout, mesh: Mesh, *lead: int) -> Callable[..., nnx.Param]:
+    """A maker of parameters that have a shape, dtype and place but no data yet; `lead` axes come
+    first.
+
+    It is called with a shape and, by keyword, which of its axes each role of the layout splits.
+    """
+
+    def param(*shape: int, **split: int) -> nnx.Param:
+        parts: list[Any] = [None] * len(shape)
+        for role, axis in split.items():
+            parts[axis] = where.of(cast(Role, role)) or None
+        place = NamedSharding(mesh, PartitionSpec(*[None] * len(lead), *parts))
+        return nnx.Param(jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=place))
+
+    return param

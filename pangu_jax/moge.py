@@ -3,31 +3,40 @@ section 2).
 
 The published text (eq. 5-7) leaves out what the released code adds: a learned `router_scale` per
 expert, applied to the weight of a chosen expert and never to the choice.
+
+Whole groups lie on each rank of the layout's expert axes, so every rank has the same number of
+(token, expert) pairs whatever the input: shapes are static, nothing is dropped, and no token is
+sent to a particular rank. The conventional top-k router has no such luck; it is here to be compared
+with.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pangu_jax.cache import Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.mlp import MLP, swiglu
+from pangu_jax.parallel import boundary
+from pangu_jax.parallel.layout import Layout
 from pangu_jax.pytree import pytree
 
 
 @pytree
 class Routing:
-    """Where the tokens went: logits before the softmax, one expert per group, its weight before
-    `router_scale`.
+    """Where the tokens went: logits before the softmax, the chosen experts (k of them: one per
+    group), their weights before `router_scale`.
     """
 
     logits: Float[Array, "N E"]
-    experts: Int[Array, "N G"]
-    weights: Float[Array, "N G"]
+    experts: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
 
 
 class MoGE(nnx.Module):
@@ -36,26 +45,76 @@ class MoGE(nnx.Module):
     def __init__(self, config: ModelConfig, param: Any):
         assert config.moge is not None
         D, E, F = config.hidden_size, config.moge.num_experts, config.moge.expert_width
-        self.num_groups = config.moge.num_groups
-        self.router = param(E, D)
+        self.config = config.moge
+        self.router = param(E, D, fsdp=1)
         self.router_scale = param(E)
-        self.gate_up = param(E, 2, F, D)
-        self.down = param(E, D, F)
+        self.gate_up = param(E, 2, F, D, expert=0, expert_ffn=2, fsdp=3)
+        self.down = param(E, D, F, expert=0, expert_ffn=2, fsdp=1)
         self.shared = MLP(D, config.moge.shared_width, param)
 
-    def __call__(self, x: Float[Array, "N D"]) -> tuple[Float[Array, "N D"], Routing]:
-        """Routed plus shared output (this device's partial sum), and the routing."""
-        routing = route(linear(x, self.router[...]), self.num_groups)
+    def __call__(
+        self, x: Float[Array, "shard D"], meta: Meta, where: Layout
+    ) -> tuple[Float[Array, "shard D"], Routing]:
+        """Routed plus shared output, and the routing, of this device's tokens of the stream."""
+        axes = where.routed
+        h = boundary.enter(x, axes, where)
+        if where.boundary.gather == "int8":  # the choice is made before anything is rounded
+            logits = boundary.gather(linear(x, self.router[...]), axes, where)
+        else:
+            logits = linear(h, self.router[...])
+        routing = self._route(logits, meta, where)
+        y = self._routed(h, routing, where)
+        if where.of("ffn"):
+            y = boundary.leave(y + self.shared(h), axes, where)
+        else:  # every rank has the shared experts, for tokens of its own
+            y = boundary.leave(y, axes, where) + self.shared(x)
+        return y, jax.tree.map(lambda part: boundary.own(part, axes, where), routing)
+
+    def _route(self, logits: Float[Array, "N E"], meta: Meta, where: Layout) -> Routing:
+        c = self.config
+        if c.router == "topk":
+            return route_topk(logits, c.experts_per_token)
+        kept = None
+        if c.voted_experts is not None:
+            valid = boundary.spread(meta.valid.reshape(-1), where.routed, where)
+            kept = vote(logits, valid, c.num_groups, c.per_group, c.voted_experts)
+        return route(logits, c.num_groups, c.per_group, kept)
+
+    def _routed(
+        self, h: Float[Array, "N D"], routing: Routing, where: Layout
+    ) -> Float[Array, "N D"]:
+        """What this rank's experts add to the output of the tokens."""
         # The weight is rounded to the activations' dtype first, as the reference does; the sum
         # stays float32.
-        weights = routing.weights.astype(x.dtype) * self.router_scale[...][routing.experts]
-        routed = mix_experts(x, routing.experts, weights, self.gate_up[...], self.down[...])
-        return routed + self.shared(x), routing
+        weights = routing.weights.astype(h.dtype) * self.router_scale[...][routing.experts]
+        experts, held, axes = routing.experts, self.gate_up.shape[0], where.of("expert")
+        among = None
+        if axes:
+            experts = experts - lax.axis_index(axes) * held
+            if self.config.router == "topk":
+                experts = jnp.where((experts >= 0) & (experts < held), experts, held)
+                among = self.config.num_experts
+            else:
+                experts, weights = (_own_groups(part, axes, where) for part in (experts, weights))
+        return mix_experts(h, experts, weights, self.gate_up[...], self.down[...], among)
 
 
-def route(logits: Float[Array, "N E"], num_groups: int) -> Routing:
-    """The best expert of each group of consecutive experts, with its share of the softmax over
-    *all* experts.
+def _own_groups(chosen: Array, axes: tuple[str, ...], where: Layout) -> Array:
+    """The columns of this rank's groups."""
+    size = chosen.shape[1] // where.size(axes)
+    return lax.dynamic_slice_in_dim(chosen, lax.axis_index(axes) * size, size, axis=1)
+
+
+def route(
+    logits: Float[Array, "N E"],
+    num_groups: int,
+    per_group: int = 1,
+    kept: Bool[Array, "G size"] | None = None,
+) -> Routing:
+    """The best experts of each group of consecutive experts, with their share of the softmax over
+    *all* experts (arXiv 2505.21411, eq. 5-7).
+
+    kept: the experts that may be chosen, by group; None is all of them
 
     The softmax is float32. Weights are not renormalised over the chosen; of equal experts the first
     is taken.
@@ -63,97 +122,159 @@ def route(logits: Float[Array, "N E"], num_groups: int) -> Routing:
     N, E = logits.shape
     logits = logits.astype(jnp.float32)
     grouped = jax.nn.softmax(logits, axis=-1).reshape(N, num_groups, E // num_groups)
+    open_to_all = grouped if kept is None else jnp.where(kept[None], grouped, -1.0)
     first = jnp.arange(num_groups, dtype=jnp.int32) * (E // num_groups)
-    best = jnp.argmax(grouped, axis=-1).astype(jnp.int32)
-    weights = jnp.take_along_axis(grouped, best[:, :, None], axis=-1)[:, :, 0]
-    return Routing(logits, best + first[None, :], weights)
+    best = _best(open_to_all, per_group)
+    weights = jnp.take_along_axis(grouped, best, axis=-1)
+    chosen = best + first[None, :, None]
+    return Routing(logits, chosen.reshape(N, -1), weights.reshape(N, -1))
+
+
+def _best(scores: Float[Array, "N G size"], count: int) -> Int[Array, "N G count"]:
+    if count == 1:
+        return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32)
+    return lax.top_k(lax.stop_gradient(scores), count)[1].astype(jnp.int32)
+
+
+def route_topk(logits: Float[Array, "N E"], count: int) -> Routing:
+    """The `count` best of all experts, with the softmax over those alone (arXiv 2505.21411, eq. 1
+    and 2: the conventional mixture of experts).
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = _best(logits[:, None], count)[:, 0]
+    weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1), axis=-1)
+    return Routing(logits, chosen, weights)
+
+
+def vote(
+    logits: Float[Array, "N E"],
+    valid: Bool[Array, " N"],
+    num_groups: int,
+    per_group: int,
+    voted: int,
+) -> Bool[Array, "G size"]:
+    """The `voted` experts of each group that most valid tokens would choose (MERRouter; of equal
+    ones the first).
+    """
+    N, E = logits.shape
+    size = E // num_groups
+    best = _best(logits.astype(jnp.float32).reshape(N, num_groups, size), per_group)
+    wanted = jax.nn.one_hot(best, size, dtype=jnp.int32).sum(2)
+    counts = jnp.where(valid[:, None, None], wanted, 0).sum(0)
+    most = lax.top_k(counts, voted)[1]
+    return jax.nn.one_hot(most, size, dtype=jnp.int32).sum(1).astype(bool)
+
+
+def imbalance(experts: Int[Array, "N k"], num_experts: int, ranks: int) -> Float[Array, ""]:
+    """The imbalance score of `ranks` devices with as many consecutive experts each: (most - fewest
+    pairs of a device) / tokens (arXiv 2505.21411, eq. 3 and 4). 0 for MoGE with whole groups.
+    """
+    rank = experts.reshape(-1) // (num_experts // ranks)
+    pairs = jnp.bincount(rank, length=ranks)
+    return (pairs.max() - pairs.min()).astype(jnp.float32) / experts.shape[0]
 
 
 def mix_experts(
     x: Float[Array, "N D"],
-    experts: Int[Array, "N G"],
-    weights: Float[Array, "N G"],
+    experts: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
     gate_up: Float[Array, "E 2 F D"],
     down: Float[Array, "E D F"],
+    among: int | None = None,
 ) -> Float[Array, "N D"]:
-    """sum_g weights[n, g] * expert[experts[n, g]](x[n]), computing only the chosen pairs.
+    """sum_k weights[n, k] * expert[experts[n, k]](x[n]), computing only the chosen pairs.
 
-    The N*G (token, expert) pairs are sorted by expert and cut into blocks that each belong to one
-    expert; a scan over the blocks multiplies each with that expert's weights. The number of blocks
+    The N*k (token, expert) pairs are sorted by expert and cut into blocks that each belong to one
+    expert; a loop over the blocks multiplies each with that expert's weights. The number of blocks
     is static, because an expert wastes less than one block; empty blocks repeat an expert and are
     never read back. (Own choice: exact, static shapes, and one expert's weights at a time on every
     platform.)
+
+    among: the experts of all devices, where some pairs may belong to those of another (expert E);
+        the loop then ends after the last block in use
     """
-    N, G = experts.shape
+    N, k = experts.shape
     E = gate_up.shape[0]
-    size = _block_size(N * G, E)
-    num_blocks = (N * G + E * (size - 1)) // size
+    size = _block_size(N * k, among or E)
+    num_blocks = (N * k + E * (size - 1)) // size
 
     order = jnp.argsort(experts.reshape(-1), stable=True)  # sorted rank -> pair
-    counts = jnp.bincount(experts.reshape(-1), length=E)
-    block_ends = jnp.cumsum((counts + size - 1) // size)
+    counts = jnp.bincount(experts.reshape(-1), length=E + 1)
+    blocks_of = ((counts + size - 1) // size).at[E].set(0)
+    block_ends = jnp.cumsum(blocks_of)
     sorted_experts = experts.reshape(-1)[order]
-    rank_in_expert = jnp.arange(N * G) - (jnp.cumsum(counts) - counts)[sorted_experts]
-    first_block = block_ends - (counts + size - 1) // size
-    row = first_block[sorted_experts] * size + rank_in_expert  # sorted rank -> row of the blocks
+    rank_in_expert = jnp.arange(N * k) - (jnp.cumsum(counts) - counts)[sorted_experts]
+    row = (block_ends - blocks_of)[sorted_experts] * size + rank_in_expert
+    row = jnp.where(sorted_experts < E, row, num_blocks * size)  # sorted rank -> row of the blocks
 
-    token_of_row = jnp.zeros(num_blocks * size, jnp.int32).at[row].set(order // G)
-    block_expert = jnp.minimum(jnp.searchsorted(block_ends, jnp.arange(num_blocks), "right"), E - 1)
+    token_of_row = jnp.zeros(num_blocks * size, jnp.int32).at[row].set(order // k, mode="drop")
+    block_expert = jnp.searchsorted(block_ends, jnp.arange(num_blocks), "right")
+    blocks = jnp.minimum(block_expert, E - 1), token_of_row.reshape(num_blocks, size)
 
-    rows = _blocks(x, gate_up, down, block_expert, token_of_row.reshape(num_blocks, size))
-    row_of_pair = jnp.zeros(N * G, row.dtype).at[order].set(row)
-    chosen = rows.reshape(num_blocks * size, -1)[row_of_pair].reshape(N, G, -1)
-    mixed = jnp.einsum("ngd,ng->nd", chosen, weights, preferred_element_type=jnp.float32)
+    arguments = boundary.varying((x, gate_up, down, *blocks, block_ends[-1]))
+    rows = _blocks(*arguments, among is not None)
+    row_of_pair = jnp.zeros(N * k, row.dtype).at[order].set(row)
+    flat = rows.reshape(num_blocks * size, -1)
+    chosen = flat.at[row_of_pair].get(mode="fill", fill_value=0).reshape(N, k, -1)
+    mixed = jnp.einsum("nkd,nk->nd", chosen, weights, preferred_element_type=jnp.float32)
     return mixed.astype(x.dtype)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _blocks(
     x: Float[Array, "N D"],
     gate_up: Float[Array, "E 2 F D"],
     down: Float[Array, "E D F"],
     experts: Int[Array, " n"],
     tokens: Int[Array, "n s"],
+    used: Int[Array, ""],
+    uneven: bool,
 ) -> Float[Array, "n s D"]:
-    """experts[i] applied to the tokens of block i, one block after the other."""
+    """experts[i] applied to the tokens of block i, one block after the other; zeros from `used` on
+    where `uneven`.
+    """
+    n, s = tokens.shape
 
-    def one(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        expert, own = block
-        return None, swiglu(x[own], _slice(gate_up, expert), _slice(down, expert))
+    def one(i: Array, rows: Array) -> Array:
+        mine = (x[tokens[i]], _slice(gate_up, experts[i]), _slice(down, experts[i]))
+        return lax.dynamic_update_index_in_dim(rows, swiglu(*mine), i, 0)
 
+    rows = boundary.varying((jnp.zeros((n, s, x.shape[1]), x.dtype), x))[0]
     with exact_if_float32(x.dtype):  # both passes are traced outside of the model's own request
-        return lax.scan(one, None, (experts, tokens))[1]
+        return lax.fori_loop(0, used if uneven else n, one, rows)
 
 
-def _blocks_forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _blocks(*arguments), arguments
+def _blocks_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _blocks(*arguments), arguments[:-1]
 
 
-def _blocks_backward(arguments: tuple[Array, ...], grad: Array) -> tuple[Array | None, ...]:
+def _blocks_backward(
+    uneven: bool, arguments: tuple[Array, ...], grad: Array
+) -> tuple[Array | None, ...]:
     """Adds each block's part to its expert's gradient in place; plain autodiff would add a whole
     stack of zeros per block.
     """
-    x, gate_up, down, experts, tokens = arguments
+    x, gate_up, down, experts, tokens, used = arguments
 
-    def one(sums: tuple[Array, ...], block: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
-        expert, own, grad = block
+    def one(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        expert, own = experts[i], tokens[i]
         to_x, to_gate_up, to_down = sums
         mine = (x[own], _slice(gate_up, expert), _slice(down, expert))
-        parts = jax.vjp(swiglu, *mine)[1](grad)
+        parts = jax.vjp(swiglu, *mine)[1](_slice(grad, i))
         to_x = to_x.at[own].add(parts[0])
-        return (to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])), None
+        return to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])
 
     zeros = jax.tree.map(jnp.zeros_like, (x, gate_up, down))
     with exact_if_float32(x.dtype):
-        sums, _ = lax.scan(one, zeros, (experts, tokens, grad))
-    return *sums, None, None
+        sums = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
+    return *sums, None, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _slice(stack: Array, expert: Array) -> Array:
-    return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+def _slice(stack: Array, index: Array) -> Array:
+    return lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
 def _add(stack: Array, expert: Array, part: Array) -> Array:

@@ -23,10 +23,15 @@ def pytree(cls: type[T]) -> type[T]:
         return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
 
     def unflatten(_: None, children: Any) -> T:
-        value = object.__new__(made)
-        for name, child in zip(names, children, strict=True):
-            object.__setattr__(value, name, child)
-        return value
+        return unchecked(made, **dict(zip(names, children, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
     return made
+
+
+def unchecked(cls: type[T], **fields: Any) -> T:
+    """An instance of a `pytree` class with something else where its arrays are, such as specs."""
+    value = object.__new__(cls)
+    for name, content in fields.items():
+        object.__setattr__(value, name, content)
+    return value

@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax import model as models
 from pangu_jax.cache import Meta
 from pangu_jax.model import Pangu
 from pangu_jax.moge import Routing
+from pangu_jax.parallel import boundary
 from pangu_jax.pytree import pytree
 
 
@@ -44,29 +46,31 @@ def trace(
 
 @jax.jit
 def _trace(model: Pangu, tokens: Array, mask: Array) -> Trace:
-    def local(model: Pangu, tokens: Array, mask: Array) -> Trace:
-        keep = lambda x, routing: (x.astype(jnp.float32), routing)
-        final, _, runs = models.tapped_forward(
-            model, tokens.reshape(-1), Meta.from_mask(mask), None, keep
-        )
-        grid = lambda leaf: leaf.reshape(leaf.shape[0], *tokens.shape, leaf.shape[-1])
-        layers: tuple[Array, Routing | None] = jax.tree.map(
-            lambda *leaves: grid(jnp.concatenate(leaves)), *runs
-        )
-        streams, routing = layers
-        embedded = grid(models.embed(model, tokens.reshape(-1)).astype(jnp.float32)[None])
-        none: dict[str, Any] = dict(router_logits=None, experts=None, weights=None)
-        routed = (
-            none
-            if routing is None
-            else dict(
-                router_logits=routing.logits, experts=routing.experts, weights=routing.weights
-            )
-        )
-        return Trace(
-            hidden=jnp.concatenate([embedded, streams]),
-            final_norm=grid(final.astype(jnp.float32)[None])[0],
-            **routed,
-        )
+    where = model.layout
+    tokens, mask, count = models.pad_rows(where, tokens, mask)
+    B, T = tokens.shape
 
-    return models.on_mesh(model, local)(model, tokens, mask)
+    def local(model: Pangu, tokens: Array, mask: Array) -> tuple:
+        N, flat = tokens.size, tokens.reshape(-1)
+        keep = lambda x, routing: jax.tree.map(
+            lambda part: boundary.whole(part, N, where), (x.astype(jnp.float32), routing)
+        )
+        final, _, runs = models.tapped_forward(model, flat, Meta.from_mask(mask), None, keep)
+        streams, routing = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *runs)
+        first, last = (
+            boundary.whole(x.astype(jnp.float32), N, where)
+            for x in (models.embed(model, flat), final)
+        )
+        return jnp.concatenate([first[None], streams]), last, routing
+
+    tokens_second = PartitionSpec(None, *where.rows)
+    run = models.on_mesh(
+        model, local, (where.rows, where.rows), (tokens_second, where.rows, tokens_second)
+    )
+    streams, last, routing = run(model, tokens, mask)
+    grid = lambda leaf: leaf.reshape(leaf.shape[0], B, T, leaf.shape[-1])[:, :count]
+    routed: dict[str, Any] = dict(router_logits=None, experts=None, weights=None)
+    if routing is not None:
+        found: Routing = jax.tree.map(grid, routing)
+        routed = dict(router_logits=found.logits, experts=found.experts, weights=found.weights)
+    return Trace(hidden=grid(streams), final_norm=grid(last[None])[0], **routed)

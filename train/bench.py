@@ -205,7 +205,7 @@ def step_flops(config: ModelConfig, length: int, batch: int) -> float:
         layer += 3 * D * (config.intermediate_size or 0)
     else:
         m = config.moge
-        layer += D * m.num_experts + 3 * D * (m.num_groups * m.expert_width + m.shared_width)
+        layer += D * m.num_experts + 3 * D * (m.experts_per_token * m.expert_width + m.shared_width)
     weights = config.num_layers * layer + D * config.vocab_size
     square = 2 * config.num_layers * Q * H * length**2
     return 3.0 * batch * (2 * weights * length + square)

@@ -16,6 +16,9 @@ from pangu_jax.errors import ConfigError
 # More than any published run takes; every number of a step is exact in float32.
 MOST_STEPS = 2**24
 
+# What may be another when a run goes on.
+SAME_RUN = (("run", "save_every"), ("run", "output"), ("model", "layout"))
+
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
@@ -34,6 +37,7 @@ class ModelSection:
     tokenizer: str | None = flag(
         "a preset's tokenizer: a folder, or nano", None, metavar="DIR|NAME"
     )
+    layout: str | None = flag("a layout's name or TOML file: several devices", None, metavar="NAME")
 
     def __post_init__(self) -> None:
         if (self.preset is None) == (self.path is None):
@@ -152,12 +156,14 @@ def to_toml(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What would make another run of it, a line each; how often it is saved does not."""
+    """What would make another run of it, a line each; how often it is saved does not, nor where it
+    runs.
+    """
     found = []
     before, after = dataclasses.asdict(old), dataclasses.asdict(new)
     for section, values in before.items():
         for name, value in values.items():
-            if (section, name) not in (("run", "save_every"), ("run", "output")):
+            if (section, name) not in SAME_RUN:
                 now = after[section][name]
                 if now != value:
                     was, now = strict.describe(value), strict.describe(now)

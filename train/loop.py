@@ -92,7 +92,9 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
     section = config.model
     if section.path is not None:
         with progress.reading() as advance:
-            model = pangu_jax.load(section.path, "float32", form="stacked", progress=advance)
+            model = pangu_jax.load(
+                section.path, "float32", section.layout, "stacked", progress=advance
+            )
     else:
         preset = pangu_jax.preset(str(section.preset))
         ends = tokenizer.id(markers.of(tokenizer).turn_end)
@@ -104,6 +106,7 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
             ),
             jax.random.key(config.run.seed),
             dtype="float32",
+            where=section.layout,
             form="stacked",
         )
     loading.check_fits(tokenizer, model.config, tokenizer_folder(config))

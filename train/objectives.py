@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pangu_jax import model as pangu
 from pangu_jax.cache import Meta
+from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.model import Pangu
+from pangu_jax.parallel import boundary
 from pangu_jax.pytree import pytree
 
 # Tokens whose float32 logits are held at once; the backward pass computes them again. At the
@@ -40,40 +43,77 @@ class Batch:
 
 def loss(model: Pangu, batch: Batch) -> Float[Array, ""]:
     """Cross-entropy in nats, averaged over the weights of the batch (0 where they are all 0)."""
+    where = model.layout
+    rows = batch.tokens.shape[0]
+    more = [(0, where.round_rows(rows) - rows), (0, 0)]
+    batch = jax.tree.map(lambda grid: jnp.pad(grid, more), batch)
 
     def local(model: Pangu, batch: Batch) -> Array:
         meta = Meta(batch.positions, batch.segments > 0, batch.segments)
         hidden, _ = pangu.forward(model, batch.tokens.reshape(-1), meta)
         total = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
-        return total / jnp.maximum(batch.weights.sum(), jnp.finfo(jnp.float32).tiny)
+        count = batch.weights.sum()
+        if replicas := where.of("batch"):
+            count = lax.psum(count, replicas)
+        return total / jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
-    return pangu.on_mesh(model, local)(model, batch)
+    return pangu.on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
 
 
 def cross_entropy(
     model: Pangu,
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "shard D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
 ) -> Float[Array, ""]:
-    """sum_n weights[n] * (logsumexp(z_n) - z_n[targets[n]]) with z the logits of `hidden`, in
-    chunks of CHUNK tokens.
+    """sum_n weights[n] * (logsumexp(z_n) - z_n[targets[n]]) over the tokens n of all devices, with
+    z the logits of `hidden`, in chunks of CHUNK tokens.
+
+    hidden: this device's part of the stream
+    targets, weights: of all tokens of its replica of attention
+    Where the vocabulary is split, every device has its part of the logits of all tokens.
     """
-    N = hidden.shape[0]
-    chunks = -(-N // CHUNK)
-    size = -(-N // chunks)
-    cut = lambda x: jnp.pad(x, [(0, chunks * size - N), *[(0, 0)] * (x.ndim - 1)]).reshape(
-        chunks, size, *x.shape[1:]
-    )
+    where = model.layout
+    axes = where.of("vocab")
+    hidden = boundary.gather(hidden, axes, where)
+    targets, weights = (boundary.spread(part, axes, where) for part in (targets, weights))
+    head, others = pangu.head(model), tuple(a for a in where.stream if a not in axes)
 
     @jax.checkpoint
-    def chunk(model: Pangu, hidden: Array, targets: Array, weights: Array) -> Array:
-        logits = pangu.logits(model, hidden)
-        own = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=1) - own))
+    def chunk(head: Array, hidden: Array, targets: Array, weights: Array) -> Array:
+        return jnp.sum(weights * _nats(model, head, hidden, targets))
 
+    N = hidden.shape[0]
+    chunks = -(-N // CHUNK)
     if chunks == 1:
-        return chunk(model, hidden, targets, weights)
-    parts = (cut(hidden), cut(targets), cut(weights))
-    add = lambda total, part: (total + chunk(model, *part), None)
-    return lax.scan(add, jnp.float32(0), parts)[0]
+        total = chunk(head, hidden, targets, weights)
+    else:
+        size = -(-N // chunks)
+        cut = lambda x: jnp.pad(x, [(0, chunks * size - N), *[(0, 0)] * (x.ndim - 1)]).reshape(
+            chunks, size, *x.shape[1:]
+        )
+        parts = (cut(hidden), cut(targets), cut(weights))
+        add = lambda total, part: (total + chunk(head, *part), None)
+        total = lax.scan(add, boundary.varying(jnp.float32(0), others), parts)[0]
+    return lax.psum(total, others) if others else total
+
+
+def _nats(
+    model: Pangu, head: Float[Array, "part D"], hidden: Float[Array, "N D"], targets: Array
+) -> Float[Array, " N"]:
+    """-log p(target) of every token; the same on every rank of the vocabulary's axes."""
+    axes, part = model.layout.of("vocab"), head.shape[0]
+    with exact_if_float32(model.dtype):
+        logits = linear(hidden, head, jnp.float32)
+    if not axes:
+        own = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=1) - own
+    first = lax.axis_index(axes) * part
+    real = first + jnp.arange(part) < model.config.vocab_size
+    logits = jnp.where(real[None], logits, -jnp.inf)
+    largest = lax.pmax(lax.stop_gradient(logits.max(axis=1)), axes)
+    total = lax.psum(jnp.exp(logits - largest[:, None]).sum(axis=1), axes)
+    place = targets - first
+    mine = (place >= 0) & (place < part)
+    own = jnp.take_along_axis(logits, jnp.clip(place, 0, part - 1)[:, None], axis=1)[:, 0]
+    return jnp.log(total) + largest - lax.psum(jnp.where(mine, own, 0), axes)

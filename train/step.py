@@ -1,16 +1,20 @@
 """One training step: a pure function of the state and a batch.
 
 The weights are two dictionaries by leaf name, trainable and frozen, so that what gets no gradient
-has no optimizer state either, and may be of a kind (integers) that has no gradient.
+has no optimizer state either, and may be of a kind (integers) that has no gradient. They are the
+model's own numbers: what a layout pads or repeats is made anew in every step, so that norms,
+moments and checkpoints know nothing of it.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int
 
 from pangu_jax import build
@@ -45,7 +49,7 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 def split(model: Pangu, frozen: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
     """The weights that are trained and the others, by leaf name. Integers are never trained."""
-    leaves = dict(build.named_leaves(model))
+    leaves = build.weights(model)
     still = {
         name
         for name, leaf in leaves.items()
@@ -56,7 +60,7 @@ def split(model: Pangu, frozen: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
 
 def merge(like: Pangu, trainable: Leaves, frozen: Leaves) -> Pangu:
     """The model that the two halves of `split` came from; `like` gives its structure only."""
-    return build.fill(like, lambda name, _: trainable[name] if name in trainable else frozen[name])
+    return build.with_weights(like, {**trainable, **frozen})
 
 
 def start(
@@ -65,11 +69,11 @@ def start(
     """The state before the first step, placed as every step returns it: a step compiles once."""
     trainable, still = split(model, frozen)
     state = State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
-    return jax.device_put(state, NamedSharding(model.mesh, PartitionSpec()))
+    return jax.device_put(state, _places(model, state))
 
 
 def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
-    """The step for models of `like`'s structure; not jitted."""
+    """The step for models of `like`'s structure and layout; not jitted."""
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         def loss(trainable: Leaves) -> Array:
@@ -80,6 +84,19 @@ def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
         metrics = Metrics(value, optax.tree.norm(grads))
-        return State(state.step + 1, trainable, state.frozen, moments), metrics
+        state = State(state.step + 1, trainable, state.frozen, moments)
+        return lax.with_sharding_constraint(state, _places(like, state)), metrics
 
     return step
+
+
+def _places(like: Pangu, state: State) -> Any:
+    """Where everything of a state lies: moments with their weights, the rest on every device."""
+    places, everywhere = build.places(like), NamedSharding(like.mesh, PartitionSpec())
+
+    def place(path: tuple, leaf: Array) -> NamedSharding:
+        name = next((str(key.key) for key in path if isinstance(key, DictKey)), "")
+        own = places.get(name, everywhere)
+        return own if len(own.spec) == leaf.ndim else everywhere
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -28,6 +28,7 @@ from pangu_jax.config import ModelConfig
 from pangu_jax.errors import CheckpointError, ConfigError
 from pangu_jax.model import Form, Pangu
 from pangu_jax.origin import Origin
+from pangu_jax.parallel import fit
 from pangu_jax.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -219,15 +220,16 @@ def _fill(
     progress: Progress | None,
 ) -> Pangu:
     """The abstract model with its leaves read, one layer's leaf at a time in host memory."""
-    whole = NamedSharding(model.mesh, PartitionSpec())
+    shapes = build.own_shapes(model)
     total = sum(
         tensors.read(part.name).nbytes for leaf_parts in parts.values() for part in leaf_parts
     )
     done = 0
 
-    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    def read(name: str, own: tuple[int, ...], like: Any, place: NamedSharding) -> Array:
+        """own, like: the shape in the files, and the leaf as devices hold it"""
         nonlocal done
-        buffer = _aligned(shape, dtype)
+        buffer, dtype = _aligned(own, like.dtype), like.dtype
         for part in parts[name]:
             target = buffer[part.index]
             source = tensors.read(part.name)
@@ -240,15 +242,17 @@ def _fill(
             done += source.nbytes
         if progress:
             progress(done, total)
-        return jax.device_put(buffer, whole)
+        return jax.device_put(fit.hold(name, buffer, like.shape), place)
 
     def leaf(name: str, like: Any) -> Array:
-        own = build.layer_names(model, name)
-        if own is None:
-            return read(name, like.shape, like.dtype)
-        stack = jax.device_put(jnp.zeros(like.shape, like.dtype), whole)
-        for i, layer in enumerate(own):
-            stack = _put_layer(stack, read(layer, like.shape[1:], like.dtype), np.int32(i))
+        layers, place = build.layer_names(model, name), like.sharding
+        if layers is None:
+            return read(name, shapes[name], like, place)
+        stack = jnp.zeros(like.shape, like.dtype, device=place)
+        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+        inner = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+        for i, layer in enumerate(layers):
+            stack = _put_layer(stack, read(layer, shapes[name][1:], one, inner), np.int32(i))
             # One at a time: queued transfers would hold every layer's host buffer at once.
             stack.block_until_ready()
         return stack
@@ -328,6 +332,11 @@ def _check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
     """
     if config.moge is None:
         return
+    if config.moge.router != "grouped" or config.moge.per_group != 1:
+        raise CheckpointError(
+            f"the published Pro MoE format cannot express router {config.moge.router!r} with "
+            f"{config.moge.per_group} experts per group"
+        )
     if not config.attention_bias and not {"bias", "attention_bias"} & said.keys():
         raise CheckpointError("the published Pro MoE format cannot express attention_bias = false")
     if config.head_dim * config.num_heads != config.hidden_size and "head_dim" not in said:
@@ -338,7 +347,7 @@ def _check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
 
 
 def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
-    located = _locate(model)
+    located, shapes = _locate(model), _layer_shapes(model)
     shards: list[list[tuple[safetensors.Spec, str, names.Part]]] = [[]]
     size = 0
     for leaf, parts in names.leaves(model.config):
@@ -354,7 +363,7 @@ def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int
         for i in range(1, len(shards) + 1)
     ]
     for file, shard in zip(files, shards, strict=True):
-        tensors = _slices(located, shard)
+        tensors = _slices(located, shapes, shard)
         safetensors.write(folder / file, [spec for spec, _, _ in shard], tensors)
     if len(shards) > 1:
         total = sum(spec.nbytes for shard in shards for spec, _, _ in shard)
@@ -376,8 +385,18 @@ def _locate(model: Pangu) -> dict[str, tuple[Array, int | None]]:
     return located
 
 
+def _layer_shapes(model: Pangu) -> dict[str, tuple[int, ...]]:
+    """For each leaf name in separate form, its shape in the files."""
+    shapes = {}
+    for name, shape in build.own_shapes(model).items():
+        layers = build.layer_names(model, name)
+        shapes |= {name: shape} if layers is None else dict.fromkeys(layers, shape[1:])
+    return shapes
+
+
 def _slices(
     located: dict[str, tuple[Array, int | None]],
+    shapes: dict[str, tuple[int, ...]],
     shard: list[tuple[safetensors.Spec, str, names.Part]],
 ) -> Iterator[np.ndarray]:
     """The tensors of a shard in order; consecutive parts of one leaf share its transfer from the
@@ -385,7 +404,8 @@ def _slices(
     """
     for leaf, group in itertools.groupby(shard, key=lambda item: item[1]):
         array, layer = located[leaf]
-        host = np.asarray(array if layer is None else array[layer])
+        held = np.asarray(array if layer is None else array[layer])
+        host = fit.own_numbers(leaf, held, shapes[leaf])
         for _, _, part in group:
             yield host[part.index].reshape(part.shape)
 

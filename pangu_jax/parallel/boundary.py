@@ -1,25 +1,179 @@
-"""Where data crosses devices: a block gathers its tokens with `enter` and hands results back with
-`leave`.
+"""Where tokens cross devices.
 
-The residual stream is sharded by tokens over every axis that shares them. A module that splits its
-own weights over some axes needs all the tokens of those axes, and returns partial sums of them:
+Each replica of attention (`Layout.attention.batch`) has sequences of its own, N flat tokens. What
+the residual stream of a device holds of them is the choice of a boundary:
+
+    all_reduce    all N, the same on every rank of the heads' axes: the baseline
+    flashcomm1    N / ranks of the heads' axes, padded: each does the token-wise work of its own
+
+A module whose weights are split over some axes needs the tokens of all their ranks, and returns
+partial sums of them:
 
     x = x + leave(module(enter(norm(x), axes)), axes)
 
-Over axes of size one nothing moves, and nothing is emitted.
+    all_reduce    enter gathers over replicas only; leave sums on every rank, and keeps its own
+    flashcomm1    enter is one all-gather, leave one reduce-scatter
+
+(all-reduce = reduce-scatter + all-gather, the second one moved behind the next norm; facts of
+FlashComm 1.) Over axes of size one nothing moves, and nothing is emitted. Everything here runs
+under `shard_map`; N is the same on every device.
 """
 
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int8, Shaped
 
-from pangu_jax.parallel.layout import Axes
+from pangu_jax.parallel.layout import Axes, Layout
 
 
-def enter(x: Float[Array, "shard D"], axes: Axes) -> Float[Array, "N D"]:
-    """The tokens of all devices along `axes`, gathered in stream order."""
+def enter(
+    x: Float[Array, "shard D"], axes: Axes, where: Layout, *, exact: bool = False
+) -> Float[Array, "N D"]:
+    """The tokens of all ranks along `axes`, in the order of the stream.
+
+    exact: whatever `Boundary.gather` says
+    """
+    if where.boundary.gather == "int8" and not exact:
+        return _gather_int8(x, _shared(axes, where)) if _shared(axes, where) else x
+    return gather(x, axes, where)
+
+
+def gather(x: Shaped[Array, "shard ..."], axes: Axes, where: Layout) -> Shaped[Array, "N ..."]:
+    """Per-token values of the stream's shards, of all ranks along `axes`."""
+    axes = _shared(axes, where)
     return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
 
 
-def leave(y: Float[Array, "N D"], axes: Axes) -> Float[Array, "shard D"]:
-    """This device's tokens of the sum of all devices' partial results along `axes`."""
-    return lax.psum_scatter(y, axes, scatter_dimension=0, tiled=True) if axes else y
+def leave(y: Float[Array, "N D"], axes: Axes, where: Layout) -> Float[Array, "shard D"]:
+    """This device's tokens of the sum of all partial results along `axes`."""
+    if not axes:
+        return y
+    if where.boundary.kind == "flashcomm1":
+        return lax.psum_scatter(y, where.split(axes), scatter_dimension=0, tiled=True)
+    return own(lax.psum(y, axes), axes, where)
+
+
+def own(values: Shaped[Array, "N ..."], axes: Axes, where: Layout) -> Shaped[Array, "shard ..."]:
+    """This device's part of what `enter(..., axes)` brought together."""
+    axes = _shared(axes, where)
+    if not axes:
+        return values
+    size = values.shape[0] // where.size(axes)
+    return lax.dynamic_slice_in_dim(values, lax.axis_index(axes) * size, size)
+
+
+def pad(values: Shaped[Array, "N ..."], where: Layout) -> Shaped[Array, "P ..."]:
+    """A replica's tokens with zeros behind them, so that the stream has equal shards."""
+    ranks = 1 if where.boundary.kind == "all_reduce" else where.size(where.of("heads"))
+    over = -values.shape[0] % ranks
+    return jnp.pad(values, [(0, over), *[(0, 0)] * (values.ndim - 1)]) if over else values
+
+
+def spread(values: Shaped[Array, "N ..."], axes: Axes, where: Layout) -> Shaped[Array, "M ..."]:
+    """What every rank of a replica knows of its tokens (ids, targets), for those tokens that
+    `enter(..., axes)` brings together.
+    """
+    if where.boundary.kind == "flashcomm1":
+        values = pad(values, where)
+        heads = where.of("heads")
+        values = values.reshape(*(where.size((h,)) for h in heads), -1, *values.shape[1:])
+        for i, axis in enumerate(heads):
+            if axis not in axes:
+                values = lax.dynamic_slice_in_dim(values, lax.axis_index(axis), 1, axis=i)
+        values = values.reshape(-1, *values.shape[len(heads) + 1 :])
+    among = tuple(axis for axis in where.of("batch") if axis in axes)
+    return lax.all_gather(values, among, axis=0, tiled=True, to="invarying") if among else values
+
+
+def whole(x: Shaped[Array, "shard ..."], count: int, where: Layout) -> Shaped[Array, "N ..."]:
+    """All `count` tokens of this replica, the same on every rank of the heads' axes."""
+    axes = tuple(axis for axis in where.stream if axis in where.of("heads"))
+    x = lax.all_gather(x, axes, axis=0, tiled=True, to="invarying") if axes else x
+    return x[:count]
+
+
+def _shared(axes: Axes, where: Layout) -> Axes:
+    """The axes among `axes` over which the stream is spread."""
+    return tuple(axis for axis in where.stream if axis in axes)
+
+
+def unshard(weights: Any, specs: Any, where: Layout) -> Any:
+    """Weights with the parts of all ranks of `Layout.params.fsdp`; the gradient is reduced and
+    scattered to them.
+
+    specs: PartitionSpecs in a tree like `weights`; they may have more axes in front
+    """
+    axes = where.of("fsdp")
+    if not axes:
+        return weights
+
+    def one(leaf: Array, spec: PartitionSpec) -> Array:
+        for i, names in enumerate(spec):
+            if names in (axes, axes[0]):
+                axis = leaf.ndim - len(spec) + i
+                return lax.all_gather(leaf, axes, axis=axis, tiled=True)
+        return leaf
+
+    leaves, tree = jax.tree.flatten(weights)
+    return tree.unflatten([one(*pair) for pair in zip(leaves, jax.tree.leaves(specs), strict=True)])
+
+
+def varying(tree: Any, axes: Iterable[str] = ()) -> Any:
+    """The same values, to be told apart along `axes` and along every axis that any leaf of the tree
+    varies over: loops, and functions with a gradient of their own, want one kind of array.
+    """
+    leaves = jax.tree.leaves(tree)
+    wanted = set(axes).union(*(_varies(leaf) for leaf in leaves))
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(sorted(wanted - _varies(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _varies(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def quantize(x: Float[Array, "N D"]) -> tuple[Int8[Array, "N D"], Float[Array, "N 1"]]:
+    """int8 numbers and a float32 scale per token, with x = numbers * scale up to half a scale.
+
+    A token of zeros has a scale of 0. Symmetric, round to nearest even (own choice).
+    """
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    numbers = jnp.round(wide / jnp.where(scale > 0, scale, 1))
+    return jnp.clip(numbers, -127, 127).astype(jnp.int8), scale
+
+
+def dequantize(
+    numbers: Int8[Array, "N D"], scale: Float[Array, "N 1"], dtype: Any
+) -> Float[Array, "N D"]:
+    """What `quantize` left of its argument."""
+    return (numbers.astype(jnp.float32) * scale).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_int8(x: Float[Array, "shard D"], axes: Axes) -> Float[Array, "N D"]:
+    """An all-gather of int8 and scales. Its gradient is that of an exact one (straight through)."""
+    sent = quantize(x)
+    numbers, scale = (lax.all_gather(part, axes, axis=0, tiled=True) for part in sent)
+    return dequantize(numbers, scale, x.dtype)
+
+
+def _gather_int8_forward(x: Array, axes: Axes) -> tuple[Array, None]:
+    return _gather_int8(x, axes), None
+
+
+def _gather_int8_backward(axes: Axes, _: None, grad: Array) -> tuple[Array]:
+    return (lax.psum_scatter(grad, axes, scatter_dimension=0, tiled=True),)
+
+
+_gather_int8.defvjp(_gather_int8_forward, _gather_int8_backward)

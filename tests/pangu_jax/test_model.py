@@ -15,6 +15,7 @@ from pangu_jax import cache as caches
 from pangu_jax import model as models
 from pangu_jax.cache import Meta
 from pangu_jax.model import Pangu
+from pangu_jax.parallel import boundary
 from tests import folders
 
 
@@ -86,9 +87,12 @@ def run_cached(model: Pangu, tokens: np.ndarray, pieces: list[int], mask: np.nda
         def local(model, cache, tokens, mask):
             meta = Meta.from_mask(mask, start=cache.length)
             hidden, cache = models.forward(model, tokens.reshape(-1), meta, cache)
+            hidden = boundary.whole(hidden, tokens.size, where)
             return cache, models.logits(model, hidden).reshape(*tokens.shape, -1)
 
-        return models.on_mesh(model, local)(model, cache, tokens, mask)
+        where, held = model.layout, caches.specs(cache, model.layout)
+        in_specs, out_specs = (held, where.rows, where.rows), (held, where.rows)
+        return models.on_mesh(model, local, in_specs, out_specs)(model, cache, tokens, mask)
 
     cache, out, at = model.empty_cache(len(tokens), tokens.shape[1] + 3), [], 0
     for width in pieces:
