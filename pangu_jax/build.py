@@ -195,7 +195,7 @@ def init(
         else:
             one = jax.ShapeDtypeStruct(shape[1:], like.dtype)
             drawn = jnp.stack([draw(own, one) for own in names])
-        return jax.device_put(fit.hold(name, drawn, like.shape), like.sharding)
+        return jax.device_put(fit.hold(name, drawn, like.shape), like.format)
 
     return fill(model, leaf)
 

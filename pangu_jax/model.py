@@ -20,7 +20,7 @@ one into the other.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -29,6 +29,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -40,7 +42,7 @@ from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.mlp import MLP
-from pangu_jax.moge import MoGE, Routing
+from pangu_jax.moge import Experts, MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
 from pangu_jax.parallel import boundary, fit
@@ -70,6 +72,7 @@ class Block(nnx.Module):
         meta: Meta,
         cache: LayerCache | None,
         where: Layout,
+        stack: Experts | None = None,
     ) -> tuple[Float[Array, "N D"], LayerCache | None, Routing | None]:
         """The residual stream and the cache after this layer, and the routing of a MoGE layer."""
         with jax.named_scope("attention"):
@@ -83,7 +86,7 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             h, routing = self.mlp_norm(x), None
             if isinstance(self.mlp, MoGE):
-                h, routing = self.mlp(h, meta, where)
+                h, routing = self.mlp(h, meta, where, stack)
             else:
                 axes = where.of("ffn")
                 h = boundary.leave(self.mlp(boundary.enter(h, axes, where)), axes, where)
@@ -103,8 +106,8 @@ class Pangu(nnx.Module):
         mesh: Mesh,
         origin: Origin = Origin(),
     ):
-        self.config, self.form, self.layout, self.mesh = config, form, where, mesh
-        self.origin = origin
+        self.config, self.layout, self.mesh, self.origin = config, where, mesh, origin
+        self.form: Form = form
         held, L = fit.held(config, where), config.num_layers
         one, run = _maker(dtype, where, mesh), _maker(dtype, where, mesh, L)
         vocab = lambda: one(held.vocab_size, held.hidden_size, vocab=0, fsdp=1)
@@ -191,12 +194,14 @@ def tapped_forward(
         keys, values, kept = [], [], []
         for i, block in enumerate(model.blocks):
 
-            def layer(block: Block, x: Array, layer_cache: LayerCache | None, i: int = i) -> tuple:
+            def layer(
+                block: Block, x: Array, cache: LayerCache | None, stack: Experts | None, i: int = i
+            ) -> tuple:
                 block = boundary.unshard(block, own_specs.blocks[i], where)
-                return block(x, angles, meta, layer_cache, where)
+                return block(x, angles, meta, cache, where, stack)
 
             pair = (cache.keys[i], cache.values[i]) if cache is not None else None
-            x, pair, taps = run_layers(remat(layer), block, x, pair, tap)
+            x, pair, taps = run_layers(remat(layer), block, x, pair, tap, where)
             kept.append(taps)
             if pair is not None:
                 keys.append(pair[0])
@@ -207,22 +212,30 @@ def tapped_forward(
         return model.norm(x), cache, kept
 
 
-def _single_layer(layer: Callable, block: Block, x: Array, pair: Any, tap: Tap) -> tuple:
+def _single_layer(
+    layer: Callable, block: Block, x: Array, pair: Any, tap: Tap, where: Layout
+) -> tuple:
     """One separate layer: x, its (keys, values) and its tap with a leading axis of one."""
-    x, cache, routing = layer(block, x, LayerCache(*pair, layer=None) if pair else None)
+    x, cache, routing = layer(block, x, LayerCache(*pair, layer=None) if pair else None, None)
     taps = jax.tree.map(lambda leaf: leaf[None], tap(x, routing))
     return x, (cache.keys, cache.values) if cache else None, taps
 
 
-def _scan_run(layer: Callable, blocks: Block, x: Array, pair: Any, tap: Tap) -> tuple:
+def _scan_run(
+    layer: Callable, blocks: Block, x: Array, pair: Any, tap: Tap, where: Layout
+) -> tuple:
     """A run of stacked layers.
 
-    The cache rides in the carry: as scan inputs and outputs it would be copied.
+    The cache rides in the carry: as scan inputs and outputs it would be copied. Nor are the routed
+    experts inputs of the scan when there is a cache; without one (in training) they are, because
+    their gradients belong to one layer.
     """
+    in_place = pair is not None and isinstance(blocks.mlp, MoGE) and not where.of("fsdp")
 
     def step(carry: tuple, block_and_index: tuple) -> tuple:
         (x, pair), (block, index) = carry, block_and_index
-        x, cache, routing = layer(block, x, LayerCache(*pair, layer=index) if pair else None)
+        stack = Experts(blocks.mlp.gate_up[...], blocks.mlp.down[...], index) if in_place else None
+        x, cache, routing = layer(block, x, LayerCache(*pair, layer=index) if pair else None, stack)
         return (x, (cache.keys, cache.values) if cache else None), tap(x, routing)
 
     length = blocks.attention_norm.weight.shape[0]
@@ -378,7 +391,12 @@ def _maker(dtype: DTypeLike, where: Layout, mesh: Mesh, *lead: int) -> Callable[
         parts: list[Any] = [None] * len(shape)
         for role, axis in split.items():
             parts[axis] = where.of(cast(Role, role)) or None
-        place = NamedSharding(mesh, PartitionSpec(*[None] * len(lead), *parts))
+        place: Any = NamedSharding(mesh, PartitionSpec(*[None] * len(lead), *parts))
+        if mesh.devices.flat[0].platform == "tpu":
+            # Left to itself, XLA lays matrices whose width is no multiple of 128 out by columns,
+            # and copies all of them back in every call.
+            rows_first = tuple(range(len(lead) + len(shape)))
+            place = Format(MemoryLayout(major_to_minor=rows_first), place)
         return nnx.Param(jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=place))
 
     return param

@@ -39,6 +39,29 @@ class Routing:
     weights: Float[Array, "N k"]
 
 
+@pytree
+class Experts:
+    """The routed experts of one layer: its own weights, or those of a run of stacked layers and its
+    place there.
+
+    A loop over experts inside a loop over layers would first copy the layer's weights out of the
+    stack, all of them in every step; it does not when it reads each expert from the stack itself.
+    """
+
+    gate_up: Float[Array, "*L E 2 F D"]
+    down: Float[Array, "*L E D F"]
+    layer: Int[Array, ""] | None = None
+
+    @property
+    def count(self) -> int:
+        """E, the experts on this device."""
+        return self.down.shape[-3]
+
+    def of(self, expert: Int[Array, ""]) -> tuple[Float[Array, "2 F D"], Float[Array, "D F"]]:
+        """gate_up and down of one expert."""
+        return _slice(self.gate_up, expert, self.layer), _slice(self.down, expert, self.layer)
+
+
 class MoGE(nnx.Module):
     """Grouped routed experts plus shared experts that every token passes through."""
 
@@ -53,9 +76,12 @@ class MoGE(nnx.Module):
         self.shared = MLP(D, config.moge.shared_width, param)
 
     def __call__(
-        self, x: Float[Array, "shard D"], meta: Meta, where: Layout
+        self, x: Float[Array, "shard D"], meta: Meta, where: Layout, stack: Experts | None = None
     ) -> tuple[Float[Array, "shard D"], Routing]:
-        """Routed plus shared output, and the routing, of this device's tokens of the stream."""
+        """Routed plus shared output, and the routing, of this device's tokens of the stream.
+
+        stack: where to read the routed experts, if not from this layer's own leaves
+        """
         axes = where.routed
         h = boundary.enter(x, axes, where)
         if where.boundary.gather == "int8":  # the choice is made before anything is rounded
@@ -63,7 +89,7 @@ class MoGE(nnx.Module):
         else:
             logits = linear(h, self.router[...])
         routing = self._route(logits, meta, where)
-        y = self._routed(h, routing, where)
+        y = self._routed(h, routing, stack or Experts(self.gate_up[...], self.down[...]), where)
         if where.of("ffn"):
             y = boundary.leave(y + self.shared(h), axes, where)
         else:  # every rank has the shared experts, for tokens of its own
@@ -81,22 +107,22 @@ class MoGE(nnx.Module):
         return route(logits, c.num_groups, c.per_group, kept)
 
     def _routed(
-        self, h: Float[Array, "N D"], routing: Routing, where: Layout
+        self, h: Float[Array, "N D"], routing: Routing, held: Experts, where: Layout
     ) -> Float[Array, "N D"]:
         """What this rank's experts add to the output of the tokens."""
         # The weight is rounded to the activations' dtype first, as the reference does; the sum
         # stays float32.
         weights = routing.weights.astype(h.dtype) * self.router_scale[...][routing.experts]
-        experts, held, axes = routing.experts, self.gate_up.shape[0], where.of("expert")
-        among = None
+        experts, axes, among = routing.experts, where.of("expert"), None
         if axes:
-            experts = experts - lax.axis_index(axes) * held
+            experts = experts - lax.axis_index(axes) * held.count
             if self.config.router == "topk":
-                experts = jnp.where((experts >= 0) & (experts < held), experts, held)
+                here = (experts >= 0) & (experts < held.count)
+                experts = jnp.where(here, experts, held.count)
                 among = self.config.num_experts
             else:
                 experts, weights = (_own_groups(part, axes, where) for part in (experts, weights))
-        return mix_experts(h, experts, weights, self.gate_up[...], self.down[...], among)
+        return mix_experts(h, experts, weights, held, among)
 
 
 def _own_groups(chosen: Array, axes: tuple[str, ...], where: Layout) -> Array:
@@ -178,8 +204,7 @@ def mix_experts(
     x: Float[Array, "N D"],
     experts: Int[Array, "N k"],
     weights: Float[Array, "N k"],
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
+    held: Experts,
     among: int | None = None,
 ) -> Float[Array, "N D"]:
     """sum_k weights[n, k] * expert[experts[n, k]](x[n]), computing only the chosen pairs.
@@ -194,7 +219,7 @@ def mix_experts(
         the loop then ends after the last block in use
     """
     N, k = experts.shape
-    E = gate_up.shape[0]
+    E = held.count
     size = _block_size(N * k, among or E)
     num_blocks = (N * k + E * (size - 1)) // size
 
@@ -211,8 +236,8 @@ def mix_experts(
     block_expert = jnp.searchsorted(block_ends, jnp.arange(num_blocks), "right")
     blocks = jnp.minimum(block_expert, E - 1), token_of_row.reshape(num_blocks, size)
 
-    arguments = boundary.varying((x, gate_up, down, *blocks, block_ends[-1]))
-    rows = _blocks(*arguments, among is not None)
+    arguments = boundary.varying((x, held, *blocks, block_ends[-1]))
+    rows: Array = _blocks(*arguments, among is not None)
     row_of_pair = jnp.zeros(N * k, row.dtype).at[order].set(row)
     flat = rows.reshape(num_blocks * size, -1)
     chosen = flat.at[row_of_pair].get(mode="fill", fill_value=0).reshape(N, k, -1)
@@ -220,11 +245,10 @@ def mix_experts(
     return mixed.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocks(
     x: Float[Array, "N D"],
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
+    held: Experts,
     experts: Int[Array, " n"],
     tokens: Int[Array, "n s"],
     used: Int[Array, ""],
@@ -236,10 +260,12 @@ def _blocks(
     n, s = tokens.shape
 
     def one(i: Array, rows: Array) -> Array:
-        mine = (x[tokens[i]], _slice(gate_up, experts[i]), _slice(down, experts[i]))
-        return lax.dynamic_update_index_in_dim(rows, swiglu(*mine), i, 0)
+        y = swiglu(x[tokens[i]], *held.of(experts[i]))
+        return lax.dynamic_update_index_in_dim(rows, y, i, 0)
 
-    rows = boundary.varying((jnp.zeros((n, s, x.shape[1]), x.dtype), x))[0]
+    # A zero that comes after x: else XLA for GPU makes every layer's blank rows at the beginning.
+    zero, _ = lax.optimization_barrier((jnp.zeros((), x.dtype), x))
+    rows = boundary.varying((jnp.full((n, s, x.shape[1]), zero), x))[0]
     with exact_if_float32(x.dtype):  # both passes are traced outside of the model's own request
         return lax.fori_loop(0, used if uneven else n, one, rows)
 
@@ -249,32 +275,36 @@ def _blocks_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _blocks_backward(
-    uneven: bool, arguments: tuple[Array, ...], grad: Array
-) -> tuple[Array | None, ...]:
+    uneven: bool, arguments: tuple[Any, ...], grad: Array
+) -> tuple[Array | Experts | None, ...]:
     """Adds each block's part to its expert's gradient in place; plain autodiff would add a whole
     stack of zeros per block.
     """
-    x, gate_up, down, experts, tokens, used = arguments
+    x, held, experts, tokens, used = arguments
+    if held.layer is not None:
+        raise NotImplementedError("gradients are of a layer's own experts, not of a stack")
 
     def one(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         expert, own = experts[i], tokens[i]
         to_x, to_gate_up, to_down = sums
-        mine = (x[own], _slice(gate_up, expert), _slice(down, expert))
-        parts = jax.vjp(swiglu, *mine)[1](_slice(grad, i))
+        parts = jax.vjp(swiglu, x[own], *held.of(expert))[1](_slice(grad, i))
         to_x = to_x.at[own].add(parts[0])
         return to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])
 
-    zeros = jax.tree.map(jnp.zeros_like, (x, gate_up, down))
+    zeros = jax.tree.map(jnp.zeros_like, (x, held.gate_up, held.down))
     with exact_if_float32(x.dtype):
-        sums = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
-    return *sums, None, None, None
+        to_x, *to_held = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
+    return to_x, Experts(*to_held), None, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _slice(stack: Array, index: Array) -> Array:
-    return lax.dynamic_index_in_dim(stack, index, keepdims=False)
+def _slice(stack: Array, index: Array, layer: Array | None = None) -> Array:
+    if layer is None:
+        return lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    start = (layer, index, *[jnp.zeros_like(index)] * (stack.ndim - 2))
+    return lax.dynamic_slice(stack, start, (1, 1, *stack.shape[2:])).reshape(stack.shape[2:])
 
 
 def _add(stack: Array, expert: Array, part: Array) -> Array:

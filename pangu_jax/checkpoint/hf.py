@@ -226,7 +226,7 @@ def _fill(
     )
     done = 0
 
-    def read(name: str, own: tuple[int, ...], like: Any, place: NamedSharding) -> Array:
+    def read(name: str, own: tuple[int, ...], like: Any) -> Array:
         """own, like: the shape in the files, and the leaf as devices hold it"""
         nonlocal done
         buffer, dtype = _aligned(own, like.dtype), like.dtype
@@ -242,17 +242,19 @@ def _fill(
             done += source.nbytes
         if progress:
             progress(done, total)
-        return jax.device_put(fit.hold(name, buffer, like.shape), place)
+        return jax.device_put(fit.hold(name, buffer, like.shape), like.format)
 
     def leaf(name: str, like: Any) -> Array:
-        layers, place = build.layer_names(model, name), like.sharding
+        layers = build.layer_names(model, name)
         if layers is None:
-            return read(name, shapes[name], like, place)
-        stack = jnp.zeros(like.shape, like.dtype, device=place)
-        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-        inner = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+            return read(name, shapes[name], like)
+        blank = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.format)
+        put = jax.jit(_put_layer, donate_argnums=0, out_shardings=like.format)
+        inner = NamedSharding(model.mesh, PartitionSpec(*like.sharding.spec[1:]))
+        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=inner)
+        stack = blank()
         for i, layer in enumerate(layers):
-            stack = _put_layer(stack, read(layer, shapes[name][1:], one, inner), np.int32(i))
+            stack = put(stack, read(layer, shapes[name][1:], one), np.int32(i))
             # One at a time: queued transfers would hold every layer's host buffer at once.
             stack.block_until_ready()
         return stack
@@ -260,7 +262,6 @@ def _fill(
     return build.fill(model, leaf)
 
 
-@jax.jit(donate_argnames="stack")
 def _put_layer(stack: Array, layer: Array, index: Array) -> Array:
     return lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
