@@ -135,12 +135,36 @@ class Eval(ModelFlags):
     plot: str | None = flag("draw accuracy by difficulty: .png or .svg", None, metavar="FILE")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Plan generation on a machine you do not have: memory, collectives, the most tokens/s.
+
+    By formula, and by the target's own compiler where it is installed (pangu-jax[tpu], [gpu]).
+    Nothing runs: everything is planned, not measured. With several layouts, dtypes, batches or
+    contexts: one row each, by formula.
+    """
+
+    model: str = flag("model folder, or the name or TOML file of a preset", metavar="DIR|NAME")
+    target: str = flag("such as v5p:2x2x2, v5e:4x4, h200:8, h200:2x8, or FILE.toml:8")
+    layout: tuple[str, ...] = flag("a layout's name or TOML file; may be given again", ())
+    dtype: tuple[str, ...] = flag("of weights and activations; may be given again", ())
+    batch: tuple[int, ...] = flag("sequences decoded at a time, such as 64,128,256", (1,))
+    context: tuple[int, ...] = flag("tokens of each sequence, such as 2048,8192", (2048,))
+    prompts: int | None = flag("prompts read at a time (else one per replica of attention)", None)
+    phase: Literal["decode", "prefill"] | None = flag("only one of the two programs", None)
+    form: FormName | None = flag("layer form (else by platform)", None)
+    formulas: bool = flag("compile nothing", False)
+    json: bool = flag("print one JSON object on stdout", False)
+    plot: str | None = flag("draw memory and times: .png or .svg", None, metavar="FILE")
+
+
 COMMANDS = {
     "chat": Chat,
     "generate": Generate,
     "check": Check,
     "eval": Eval,
     "bench": Bench,
+    "plan": Plan,
 }
 HANDLERS = {
     "Bench": "infer.bench:run",
@@ -148,4 +172,5 @@ HANDLERS = {
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",
     "Eval": "infer.evaluation.command:run",
+    "Plan": "infer.plan.command:run",
 }

@@ -70,8 +70,7 @@ def check_choices(form: Any, dtype: Any) -> None:
 def own_shapes(model: Pangu) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf without what its layout adds (see `parallel.fit`), by name."""
     one = layout.load(None)
-    mesh = one.make_mesh(list(model.mesh.devices.flat))
-    bare = Pangu(model.config, model.form, model.dtype, one, mesh)
+    bare = Pangu(model.config, model.form, model.dtype, one, one.abstract_mesh())
     return {name: leaf.shape for name, leaf in named_leaves(bare)}
 
 
@@ -108,6 +107,8 @@ def places(model: Pangu) -> dict[str, NamedSharding]:
             part if size == own else None
             for part, size, own in zip(spec, held.shape, shapes[name], strict=True)
         ]
+        while kept and kept[-1] is None:  # as XLA says it of a result: else a step compiles twice
+            kept.pop()
         found[name] = NamedSharding(model.mesh, PartitionSpec(*kept))
     return found
 

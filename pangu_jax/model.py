@@ -31,7 +31,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -103,7 +103,7 @@ class Pangu(nnx.Module):
         form: Form,
         dtype: DTypeLike,
         where: Layout,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         origin: Origin = Origin(),
     ):
         self.config, self.layout, self.mesh, self.origin = config, where, mesh, origin
@@ -245,17 +245,18 @@ def _scan_run(
 
 def embed(model: Pangu, tokens: Int[Array, " N"]) -> Float[Array, "shard D"]:
     """The first state of the residual stream; an id outside the vocabulary (padding) is clipped."""
-    where = model.layout
+    where, table = model.layout, model.embed[...]
     axes = where.of("vocab")
     with jax.named_scope("embed"):
         ids = boundary.spread(tokens, axes, where)
-        table = boundary.unshard(model.embed, specs(model).embed, where)[...]
         ids = jnp.clip(ids, 0, model.config.vocab_size - 1)
-        if not axes:
-            return jnp.take(table, ids, axis=0)
-        ids = ids - lax.axis_index(axes) * table.shape[0]
-        mine = (ids >= 0) & (ids < table.shape[0])
-        x = jnp.where(mine[:, None], jnp.take(table, ids, axis=0, mode="clip"), 0)
+        mine = None
+        if axes:
+            ids = ids - lax.axis_index(axes) * table.shape[0]
+            mine = (ids >= 0) & (ids < table.shape[0])
+        x = boundary.look_up(table, ids, where)
+        if mine is not None:
+            x = jnp.where(mine[:, None], x, 0)
         return boundary.leave(x, axes, where)
 
 
@@ -292,7 +293,7 @@ def specs(model: Pangu) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _specs(config: ModelConfig, form: Form, where: Layout, mesh: Mesh) -> Any:
+def _specs(config: ModelConfig, form: Form, where: Layout, mesh: Mesh | AbstractMesh) -> Any:
     abstract = Pangu(config, form, jnp.float32, where, mesh)
     return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
 
@@ -380,7 +381,9 @@ def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
         raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
 
 
-def _maker(dtype: DTypeLike, where: Layout, mesh: Mesh, *lead: int) -> Callable[..., nnx.Param]:
+def _maker(
+    dtype: DTypeLike, where: Layout, mesh: Mesh | AbstractMesh, *lead: int
+) -> Callable[..., nnx.Param]:
     """A maker of parameters that have a shape, dtype and place but no data yet; `lead` axes come
     first.
 
@@ -392,7 +395,7 @@ def _maker(dtype: DTypeLike, where: Layout, mesh: Mesh, *lead: int) -> Callable[
         for role, axis in split.items():
             parts[axis] = where.of(cast(Role, role)) or None
         place: Any = NamedSharding(mesh, PartitionSpec(*[None] * len(lead), *parts))
-        if mesh.devices.flat[0].platform == "tpu":
+        if isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu":
             # Left to itself, XLA lays matrices whose width is no multiple of 128 out by columns,
             # and copies all of them back in every call.
             rows_first = tuple(range(len(lead) + len(shape)))

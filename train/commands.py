@@ -51,6 +51,21 @@ class Sft(Run):
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan(Run):
+    """Plan a run's step on a machine you do not have: memory, collectives, the most tokens/s.
+
+    By formula, and by the target's own compiler where it is installed (pangu-jax[tpu], [gpu]).
+    Nothing runs: everything is planned, not measured. The data are not read. Every field of CONFIG
+    can be given here; model.layout is what to try first.
+    """
+
+    target: str = flag("such as v5p:2x2x2, v5e:4x4, h200:8, h200:2x8, or FILE.toml:8")
+    formulas: bool = flag("compile nothing", False)
+    json: bool = flag("print one JSON object on stdout", False)
+    plot: str | None = flag("draw memory and times: .png or .svg", None, metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tasks:
     """Write problems with worked steps and one exact answer: train.jsonl and held-out.jsonl.
 
@@ -98,6 +113,7 @@ class Bench:
 COMMANDS = {
     "bench": Bench,
     "demo": Demo,
+    "plan": Plan,
     "pretrain": Pretrain,
     "sft": Sft,
     "tasks": Tasks,
@@ -106,6 +122,7 @@ COMMANDS = {
 HANDLERS = {
     "Bench": "train.bench:run",
     "Demo": "train.demo:run",
+    "Plan": "train.plan:run",
     "Pretrain": "train.pretrain:run",
     "Sft": "train.sft:run",
     "Tasks": "train.tasks.files:run",

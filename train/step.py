@@ -67,9 +67,16 @@ def start(
     model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
 ) -> State:
     """The state before the first step, placed as every step returns it: a step compiles once."""
+    state = begin(model, optimizer, frozen)
+    return jax.device_put(state, places(model, state))
+
+
+def begin(
+    model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
+) -> State:
+    """The state before the first step, wherever it lies."""
     trainable, still = split(model, frozen)
-    state = State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
-    return jax.device_put(state, _places(model, state))
+    return State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
 
 
 def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
@@ -85,18 +92,18 @@ def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
         trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
         metrics = Metrics(value, optax.tree.norm(grads))
         state = State(state.step + 1, trainable, state.frozen, moments)
-        return lax.with_sharding_constraint(state, _places(like, state)), metrics
+        return lax.with_sharding_constraint(state, places(like, state)), metrics
 
     return step
 
 
-def _places(like: Pangu, state: State) -> Any:
+def places(like: Pangu, state: State) -> Any:
     """Where everything of a state lies: moments with their weights, the rest on every device."""
-    places, everywhere = build.places(like), NamedSharding(like.mesh, PartitionSpec())
+    of_weights, everywhere = build.places(like), NamedSharding(like.mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Array) -> NamedSharding:
         name = next((str(key.key) for key in path if isinstance(key, DictKey)), "")
-        own = places.get(name, everywhere)
-        return own if len(own.spec) == leaf.ndim else everywhere
+        own = of_weights.get(name, everywhere)
+        return own if leaf.ndim else everywhere
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int8, Shaped
+from jaxtyping import Array, Float, Int, Int8, Shaped
 
 from pangu_jax.parallel.layout import Axes, Layout
 
@@ -122,6 +122,20 @@ def unshard(weights: Any, specs: Any, where: Layout) -> Any:
 
     leaves, tree = jax.tree.flatten(weights)
     return tree.unflatten([one(*pair) for pair in zip(leaves, jax.tree.leaves(specs), strict=True)])
+
+
+def look_up(
+    table: Float[Array, "V part"], ids: Int[Array, " N"], where: Layout
+) -> Float[Array, "N D"]:
+    """Rows of a table whose columns lie in parts on the ranks of `Layout.params.fsdp`.
+
+    Every rank looks its columns up for the tokens of all: states cross devices, not the table.
+    """
+    axes = where.of("fsdp")
+    if axes:
+        ids = lax.all_gather(ids, axes, axis=0, tiled=True)
+    x = jnp.take(table, ids, axis=0, mode="clip")
+    return lax.all_to_all(x, axes, split_axis=0, concat_axis=1, tiled=True) if axes else x
 
 
 def varying(tree: Any, axes: Iterable[str] = ()) -> Any:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from pangu_jax import config, strict
 from pangu_jax.errors import ConfigError
@@ -258,9 +257,21 @@ class Layout:
             raise ConfigError(
                 f"the layout needs {self.num_devices} devices; JAX sees {len(devices)}{hint}"
             )
-        names = tuple(field.name for field in dataclasses.fields(self.mesh))
-        grid = np.array(devices[: self.num_devices]).reshape(dataclasses.astuple(self.mesh))
-        return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+        sizes, names = dataclasses.astuple(self.mesh), tuple(dataclasses.asdict(self.mesh))
+        # In JAX's order: neighbours on a TPU's torus.
+        return jax.make_mesh(
+            sizes,
+            names,
+            axis_types=(AxisType.Auto,) * len(names),
+            devices=list(devices[: self.num_devices]),
+        )
+
+    def abstract_mesh(self) -> AbstractMesh:
+        """The same mesh without devices: enough to say what each would hold, and to lower programs
+        that are not to be compiled.
+        """
+        sizes, names = dataclasses.astuple(self.mesh), dataclasses.asdict(self.mesh)
+        return AbstractMesh(sizes, tuple(names), axis_types=(AxisType.Auto,) * len(names))
 
 
 def default_devices() -> Sequence[Any]:

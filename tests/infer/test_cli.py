@@ -97,8 +97,8 @@ def test_plain_output_is_ids_on_stdout_and_the_rest_on_stderr(capsys) -> None:
             "top_p must be above 0",
         ),
         (
-            ["generate", "--model", str(ORACLE / "dense-tiny"), "--prompt-ids=1", "--layout=tp8"],
-            "no layouts configuration named 'tp8'",
+            ["generate", "--model", str(ORACLE / "dense-tiny"), "--prompt-ids=1", "--layout=tp9"],
+            "no layouts configuration named 'tp9'",
         ),
     ],
 )

@@ -1,0 +1,1 @@
+"""The `plan` command: what generation would need of a machine that is not here."""

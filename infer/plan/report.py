@@ -1,0 +1,287 @@
+"""Plans as tables, JSON and charts. Everything in them is planned; nothing was measured."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pangu_jax.config import ModelConfig
+from pangu_jax.parallel.layout import Layout
+from pangu_jax.plan import advice, cost
+from pangu_jax.plan.cost import Cost, Work
+from pangu_jax.plan.hlo import Traffic
+from pangu_jax.plan.program import Compiled
+from pangu_jax.plan.target import Target
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One program of one model on one target; `compiled` is None where only formulas were asked
+    for, or no compiler is installed.
+    """
+
+    model: str
+    config: ModelConfig
+    target: Target
+    layout: str
+    where: Layout
+    dtype: str
+    itemsize: int
+    work: Work
+    cost: Cost
+    compiled: Compiled | None = None
+    refused: str = ""
+    """Why the target's compiler gave up: most often, too much memory."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a device's memory: as compiled, or by formula."""
+        if self.compiled is None:
+            return self.cost.held
+        return self.compiled.resident + self.compiled.temporary
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are there."""
+        return not self.refused and self.needed <= self.target.chip.memory_gib * GIB
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least time of a step that each unit of the chip needs."""
+        return self.cost.seconds(self.target.chip, self.itemsize)
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The unit that takes longest, and the tokens/s of all devices that it allows."""
+        unit, seconds = max(self.seconds.items(), key=lambda item: item[1])
+        return unit, self.work.tokens / seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        chip, compiled = self.target.chip, self.compiled
+        return {
+            "label": "planned",
+            "model": self.model,
+            "target": str(self.target),
+            "layout": self.layout,
+            "boundary": dataclasses.asdict(self.where.boundary),
+            "dtype": self.dtype,
+            **dataclasses.asdict(self.work),
+            "memory_bytes": int(chip.memory_gib * GIB),
+            "needed_bytes": self.needed,
+            "fits": self.fits,
+            "formula": dataclasses.asdict(self.cost),
+            "refused": self.refused or None,
+            "compiled": None if compiled is None else dataclasses.asdict(compiled),
+            "seconds": self.seconds,
+            "bound": self.bound[0],
+            "tokens_per_s_at_most": self.bound[1],
+            "advice": advise(self),
+        }
+
+
+def advise(plan: Plan) -> list[str]:
+    """What would make it fit, in order of effect; or what there is room for."""
+    chip = plan.target.chip
+    if plan.fits:
+        if plan.work.phase != "decode":
+            return []
+        beside = plan.needed - plan.cost.held
+        room = advice.largest_batch(
+            plan.config, plan.where, plan.dtype, plan.work, int(chip.memory_gib * GIB) - beside
+        )
+        return [f"room for {room:,} sequences of {plan.work.context:,} tokens"] if room else []
+    changes = advice.changes(plan.config, plan.where, plan.dtype, plan.work, plan.target)
+    lack = plan.needed - chip.memory_gib * GIB
+    # How much the compiler lacked it does not say in a form to rely on.
+    fits = lambda change: ", fits" if change.saved >= lack and not plan.refused else ""
+    return [f"{change.what}: saves {_gib(change.saved)}{fits(change)}" for change in changes]
+
+
+def details(plan: Plan) -> str:
+    """One plan as a Markdown table: by formula, and as compiled."""
+    chip, made, work = plan.target.chip, plan.compiled, plan.work
+    rows = [("per device", "formula", "compiled"), ("---",) * 3]
+    what = "weights, gradients, moments" if work.phase == "train" else "weights"
+    rows.append((what, _gib(plan.cost.weights), ""))
+    if work.phase != "train":
+        rows.append(("cache", _gib(plan.cost.cache), ""))
+    rows += [
+        ("arguments and results", "", "" if made is None else _gib(made.resident)),
+        (
+            "working memory",
+            f"{_gib(plan.cost.working)} (estimate)",
+            "" if made is None else _gib(made.temporary),
+        ),
+    ]
+    share = lambda size: f"{_gib(size)}, {size / GIB / chip.memory_gib:.0%} of {chip.memory_gib:g}"
+    rows.append(
+        (
+            "in all",
+            share(plan.cost.held),
+            "" if made is None else share(made.resident + made.temporary),
+        )
+    )
+    kinds = {**plan.cost.traffic, **(made.collectives if made else {})}
+    for kind in kinds:
+        by_formula = _traffic(plan.cost.traffic.get(kind))
+        rows.append(
+            (kind, by_formula, "" if made is None else _traffic(made.collectives.get(kind)))
+        )
+    rows.append(("FLOPs", f"{plan.cost.flops / 1e12:,.2f} T", ""))
+    rows.append(("bytes read", _gib(plan.cost.read), ""))
+    for unit, seconds in plan.seconds.items():
+        rows.append((f"{unit}, at least", f"{seconds * 1e3:,.2f} ms", ""))
+    unit, rate = plan.bound
+    rows.append(("tokens/s of all, at most", f"{rate:,.0f} ({unit})", ""))
+    if made is not None:
+        rows.append(("compile time", "", f"{made.compile_s:.0f} s"))
+    new = f"{work.length:,} of {work.context:,}" if work.length == 1 else f"{work.context:,}"
+    if made is None:
+        rows = [row[:2] for row in rows]
+    title = (
+        f"Planned: {work.phase}, {plan.model}, {plan.layout} on {plan.target} ({chip.name}), "
+        f"{plan.dtype}, {work.batch:,} x {new} tokens: "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}{'' if made else ', by formula only'}"
+    )
+    return "\n".join([title, "", table(rows), *_notes(plan)])
+
+
+def _notes(plan: Plan) -> list[str]:
+    lines = [f"- the compiler: {plan.refused}"] if plan.refused else []
+    lines += [f"- {line}" for line in advise(plan)]
+    if plan.compiled is not None:
+        lines += [
+            f"- intermediate: {_gib(b.bytes)} {b.op} {b.type} {b.source}".rstrip()
+            for b in plan.compiled.buffers
+        ]
+    return ["", *lines] if lines else []
+
+
+def sweep(plans: Sequence[Plan]) -> str:
+    """Several plans, a row each."""
+    head = ("program", "layout", "dtype", "batch", "context", "weights", "cache", "working")
+    rows = [(*head, "of memory", "ms", "tokens/s at most", "bound by"), ("---",) * 12]
+    for plan in plans:
+        unit, rate = plan.bound
+        working = plan.cost.working if plan.compiled is None else plan.compiled.temporary
+        share = plan.needed / GIB / plan.target.chip.memory_gib
+        rows.append(
+            (
+                plan.work.phase,
+                plan.layout,
+                plan.dtype,
+                f"{plan.work.batch:,}",
+                f"{plan.work.context:,}",
+                _gib(plan.cost.weights),
+                _gib(plan.cost.cache),
+                _gib(working),
+                f"{share:.0%}" + ("" if plan.fits else " TOO MUCH"),
+                f"{max(plan.seconds.values()) * 1e3:,.2f}",
+                f"{rate:,.0f}",
+                unit,
+            )
+        )
+    first = plans[0]
+    title = f"Planned: {first.model} on {first.target} ({first.target.chip.name}), per device"
+    return f"{title}\n\n{table(rows)}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as Markdown with aligned columns; a row of dashes is a rule."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    fill = lambda cell, width: "-" * width if cell == "---" else cell.ljust(width)
+    line = lambda row: " | ".join(fill(*pair) for pair in zip(row, widths, strict=True))
+    return "\n".join(f"| {line(row)} |" for row in rows)
+
+
+def to_json(plans: Sequence[Plan]) -> str:
+    """One JSON object."""
+    return json.dumps({"plans": [plan.as_json() for plan in plans]})
+
+
+def chart(plans: Sequence[Plan]) -> Any:
+    """Two bars for every plan: memory by use beside what there is, and the time of each unit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(plans)), layout="constrained")
+    memory, times = figure.subplots(1, 2, sharey=True)
+    names = [_name(plan, plans) for plan in plans]
+    left = [0.0] * len(plans)
+    for part in ("weights", "cache", "working"):
+        sizes = [_part(plan, part) / GIB for plan in plans]
+        memory.barh(names, sizes, left=left, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    memory.axvline(plans[0].target.chip.memory_gib, color="black", linestyle="--", label="there is")
+    memory.set_xlabel("GiB per device")
+    for i, unit in enumerate(("compute", "memory", "network")):
+        values = [plan.seconds[unit] * 1e3 for plan in plans]
+        places = [place + (i - 1) * 0.27 for place in range(len(plans))]
+        times.barh(places, values, height=0.25, label=unit)
+    times.set_xlabel("ms per step, at least")
+    for axis in (memory, times):
+        axis.legend(fontsize="small")
+    memory.invert_yaxis()
+    first = plans[0]
+    figure.suptitle(f"Planned, not measured: {first.model} on {first.target}")
+    return figure
+
+
+def _part(plan: Plan, part: str) -> int:
+    if plan.compiled is None:
+        return getattr(plan.cost, part)
+    if part == "working":
+        return plan.compiled.temporary
+    cache = plan.cost.cache if plan.work.phase == "decode" else 0
+    return cache if part == "cache" else plan.compiled.resident - cache
+
+
+def _name(plan: Plan, plans: Sequence[Plan]) -> str:
+    """What tells a plan from the others."""
+    work = plan.work
+    parts = {
+        "phase": work.phase,
+        "layout": plan.layout,
+        "dtype": plan.dtype,
+        "batch": f"batch {work.batch:,}",
+        "context": f"context {work.context:,}",
+    }
+    value = lambda p, part: getattr(p, part) if hasattr(p, part) else getattr(p.work, part)
+    kept = [text for part, text in parts.items() if len({value(p, part) for p in plans}) > 1]
+    return ", ".join(kept or [work.phase])
+
+
+def _gib(size: float) -> str:
+    return (
+        f"{size / GIB:,.2f} GiB" if size >= GIB / 100 or size == 0 else f"{size / 2**20:,.2f} MiB"
+    )
+
+
+def _traffic(found: Traffic | None) -> str:
+    return "none" if found is None else f"{found.count:,}, {_gib(found.bytes)}"
+
+
+def of(
+    model: str,
+    config: ModelConfig,
+    target: Target,
+    layout: str,
+    where: Layout,
+    dtype: str,
+    itemsize: int,
+    work: Work,
+) -> Plan:
+    """A plan by formula. Raises ConfigError where the model does not fit the layout."""
+    return Plan(
+        model,
+        config,
+        target,
+        layout,
+        where,
+        dtype,
+        itemsize,
+        work,
+        cost.of(config, where, dtype, work),
+    )

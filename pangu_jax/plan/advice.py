@@ -1,0 +1,77 @@
+"""What to change when something does not fit, in order of effect; by formula."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from pangu_jax.config import ModelConfig, configs_folder
+from pangu_jax.errors import ConfigError
+from pangu_jax.parallel import layout
+from pangu_jax.parallel.layout import Layout
+from pangu_jax.plan import cost
+from pangu_jax.plan.cost import Work
+from pangu_jax.plan.target import Target
+
+MOST_SEQUENCES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change, and the bytes of each device that it saves."""
+
+    what: str
+    saved: int
+
+
+def changes(
+    config: ModelConfig, where: Layout, dtype: str, work: Work, target: Target
+) -> list[Change]:
+    """Those that save anything, the one that saves most first."""
+    now = cost.of(config, where, dtype, work).held
+    found = []
+    for what, other, kind, less in _alternatives(where, dtype, work, target.num_devices):
+        try:
+            saved = now - cost.of(config, other, kind, less).held
+        except ConfigError:  # a layout that the model does not fit
+            continue
+        if saved > 0:
+            found.append(Change(what, saved))
+    return sorted(found, key=lambda change: -change.saved)
+
+
+def _alternatives(
+    where: Layout, dtype: str, work: Work, devices: int
+) -> Iterator[tuple[str, Layout, str, Work]]:
+    if dtype == "float32" and work.phase != "train":
+        yield "bfloat16 instead of float32", where, "bfloat16", work
+    if work.batch > 1:
+        half = dataclasses.replace(work, batch=-(-work.batch // 2))
+        yield f"{half.batch:,} sequences instead of {work.batch:,}", where, dtype, half
+    if work.context > 1:
+        half = dataclasses.replace(work, context=-(-work.context // 2))
+        yield f"{half.context:,} tokens instead of {work.context:,}", where, dtype, half
+    for file in sorted((configs_folder() / "layouts").glob("*.toml")):
+        try:
+            other = layout.load(file.stem).over(devices)
+        except ConfigError:
+            continue
+        if other.num_devices == devices and other != where:
+            yield f"layout {file.stem}", other, dtype, work
+    mesh = dataclasses.replace(where.mesh, data=2 * where.mesh.data)
+    twice = dataclasses.replace(where, mesh=mesh)
+    yield f"{2 * devices} devices (mesh.data = {mesh.data})", twice, dtype, work
+
+
+def largest_batch(
+    config: ModelConfig, where: Layout, dtype: str, work: Work, memory: int
+) -> int | None:
+    """The most sequences that so many bytes of each device have room for; None if not even one."""
+    fits = lambda batch: (
+        cost.of(config, where, dtype, dataclasses.replace(work, batch=batch)).held <= memory
+    )
+    if not fits(1):
+        return None
+    low, high = 1, MOST_SEQUENCES
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

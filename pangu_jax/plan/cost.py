@@ -1,0 +1,292 @@
+"""What a step needs of one device, by formula: bytes, products, and what crosses devices.
+
+A step is one decoded token of every sequence, a prefill, or a training step. Formulas are exact for
+weights, cache, FLOPs of the products, and collectives; the working memory is an estimate. What they
+leave out (norms, softmaxes, activations that travel through memory) makes the bounds optimistic, as
+bounds should be.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pangu_jax.attention import QUERY_BLOCK
+from pangu_jax.config import ModelConfig
+from pangu_jax.model import Form, Pangu
+from pangu_jax.parallel import fit
+from pangu_jax.parallel.layout import Axes, Layout
+from pangu_jax.plan.hlo import Traffic, received
+from pangu_jax.plan.target import Chip
+
+Phase = Literal["decode", "prefill", "train"]
+
+# AdamW keeps the gradient and two moments of every weight, in the weight's dtype.
+TRAINED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step: so many sequences in all, each of `context` tokens, the last `length` of them new."""
+
+    phase: Phase
+    batch: int
+    context: int
+
+    @property
+    def length(self) -> int:
+        """New tokens of each sequence."""
+        return 1 if self.phase == "decode" else self.context
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step makes or reads, in all."""
+        return self.batch * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device and one step: bytes held, FLOPs, bytes read, bytes received.
+
+    weights: with gradients and optimizer state in training
+    working: an estimate
+    traffic: by kind of collective; of the forward pass alone in training
+    """
+
+    weights: int
+    cache: int
+    working: int
+    flops: float
+    read: float
+    traffic: dict[str, Traffic]
+
+    @property
+    def held(self) -> int:
+        """Bytes that must fit."""
+        return self.weights + self.cache + self.working
+
+    def seconds(self, chip: Chip, itemsize: int) -> dict[str, float]:
+        """The least time that each of a chip's units needs."""
+        moved = sum(traffic.bytes for traffic in self.traffic.values())
+        return {
+            "compute": self.flops / (chip.tflops(itemsize) * 1e12),
+            "memory": self.read / (chip.memory_gb_per_s * 1e9),
+            "network": moved / (chip.link_gb_per_s * 1e9),
+        }
+
+
+def of(config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work) -> Cost:
+    """The cost of a step. Raises ConfigError where the model does not fit the layout."""
+    size, shape = jnp.dtype(dtype).itemsize, Share(config, where, work)
+    weights = weight_bytes(config, where, dtype)
+    training = work.phase == "train"
+    flops, read = shape.flops(), shape.weights_read(size) + shape.cache_bytes(size)
+    if training:
+        backward = 3 if where.of("fsdp") else 2  # gathered layers are computed again
+        flops, read = flops * (1 + backward), (TRAINED + 2) * weights
+    return Cost(
+        weights * (TRAINED if training else 1),
+        0 if training else shape.cache_bytes(size),
+        shape.working(size),
+        flops,
+        read,
+        shape.traffic(size),
+    )
+
+
+def weight_bytes(
+    config: ModelConfig, where: Layout, dtype: DTypeLike, form: Form = "stacked"
+) -> int:
+    """Bytes of weights that each device holds."""
+    model = Pangu(config, form, dtype, where, where.abstract_mesh())
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(model)
+    )
+
+
+class Share:
+    """What one device has of a step: sizes in the letters of `pangu_jax`, and sums of them."""
+
+    def __init__(self, config: ModelConfig, where: Layout, work: Work) -> None:
+        held = fit.held(config, where)
+        self.config, self.held, self.where, self.work = config, held, where, work
+        self.L, self.D, self.H = config.num_layers, config.hidden_size, config.head_dim
+        heads = where.size(where.of("heads"))
+        self.Q, self.K = config.num_heads // heads, held.num_kv_heads // heads
+        self.V = held.vocab_size // where.size(where.of("vocab"))
+        self.rows = where.round_rows(work.batch) // where.size(where.of("batch"))
+        self.N = self.rows * work.length
+        self.shards = 1 if where.boundary.kind == "all_reduce" else heads
+        self.padded = -(-self.N // self.shards) * self.shards
+        self.mlp_axes = where.of("ffn") if config.moge is None else where.routed
+        self.M = self.entered(self.mlp_axes)
+
+    def entered(self, axes: Axes) -> int:
+        """Tokens behind `boundary.enter(..., axes)`."""
+        shared = [axis for axis in self.where.stream if axis in axes]
+        return self.padded // self.shards * self.where.size(shared)
+
+    def attention_params(self) -> int:
+        """Weights of the projections of one layer."""
+        return self.D * self.H * (2 * self.Q + 2 * self.K)
+
+    def expert_params(self) -> int:
+        """Weights of one routed expert."""
+        assert self.held.moge is not None
+        width = self.held.moge.expert_width // self.where.size(self.where.of("expert_ffn"))
+        return 3 * self.D * width
+
+    def mlp_params(self) -> int:
+        """Weights of the dense MLP, or of the shared experts."""
+        moge = self.held.moge
+        width = self.held.intermediate_size if moge is None else moge.shared_width
+        return 3 * self.D * (width or 0) // self.where.size(self.where.of("ffn"))
+
+    def pairs(self) -> float:
+        """(token, expert) pairs of a layer, of this device."""
+        moge = self.config.moge
+        if moge is None:
+            return 0
+        return self.M * moge.experts_per_token / self.where.size(self.where.of("expert"))
+
+    def flops(self) -> float:
+        """Multiplications and additions of the products of a forward pass."""
+        seen = self.work.context if self.work.length == 1 else self.work.context / 2
+        layer = 2.0 * self.N * self.attention_params() + 4.0 * self.N * self.Q * self.H * seen
+        if self.config.moge is None:
+            layer += 2.0 * self.M * self.mlp_params()
+        else:
+            every = self.M if self.where.of("ffn") else self.padded // self.shards
+            layer += 2.0 * every * self.mlp_params() + 2.0 * self.pairs() * self.expert_params()
+            layer += 2.0 * self.M * self.D * self.config.moge.num_experts
+        return self.L * layer + 2.0 * self.head_rows() * self.D * self.V
+
+    def head_rows(self) -> int:
+        """Rows of logits that a device makes: of every token in training, else of the last ones."""
+        axes = self.where.of("vocab")
+        if self.work.phase == "train":
+            return self.entered(axes)
+        replicas = [axis for axis in axes if axis in self.where.of("batch")]
+        return self.rows * self.where.size(replicas)
+
+    def weights_read(self, size: int) -> float:
+        """Bytes of weights that a step must read once; experts as far as tokens pick them."""
+        layer = float(self.attention_params() + self.mlp_params())
+        if (moge := self.config.moge) is not None:
+            of_group = moge.num_experts // moge.num_groups
+            missed = (1 - moge.per_group / of_group) ** self.M
+            held = moge.num_experts / self.where.size(self.where.of("expert"))
+            layer += held * (1 - missed) * self.expert_params() + self.D * moge.num_experts
+        return size * (self.L * layer + self.D * self.V)
+
+    def cache_bytes(self, size: int) -> int:
+        """Bytes of keys and values of all layers."""
+        return 2 * self.L * self.rows * self.K * self.work.context * self.H * size
+
+    def working(self, size: int) -> int:
+        """An estimate of what a step needs beside weights and cache, at its widest place."""
+        pairs = self.pairs()
+        mlp = self.M * self.D * (3 * size + 4) + pairs * self.D * 3 * size
+        block = min(self.work.length, QUERY_BLOCK)
+        attention = 2 * 4 * self.rows * self.Q * block * self.work.context
+        logits = 4 * 4 * self.rows * self.config.vocab_size
+        if self.work.phase != "train":
+            return int(max(mlp, attention, logits))
+        stream = self.L * self.padded // self.shards * self.D * size
+        if not self.where.of("fsdp"):  # nothing is computed again
+            stream += int(self.L * (mlp + self.N * self.attention_params() // self.D * size))
+        return int(stream + max(mlp, attention))
+
+    def layer_traffic(self, size: int) -> dict[str, Traffic]:
+        """What a device receives in the forward pass of one layer, without FSDP's weights:
+
+            all_reduce    an all-reduce behind attention and one behind the MLP; where the MLP's
+                          tokens come from several replicas of attention, an all-gather before it
+            flashcomm1    an all-gather before each and a reduce-scatter behind it
+
+        With int8, an all-gather moves a byte per number and four per token for its scale, and the
+        router's logits go with the tokens of a MoGE.
+        """
+        found, where, moge = _Tally(), self.where, self.config.moge
+        for module, axes in (("attention", where.of("heads")), ("mlp", self.mlp_axes)):
+            tokens, ranks = self.entered(axes), where.size([a for a in where.stream if a in axes])
+            if where.boundary.gather == "int8":
+                found.gather(tokens, self.D, ranks)
+                found.gather(tokens, 4, ranks)
+                if module == "mlp" and moge is not None:
+                    found.gather(tokens, moge.num_experts * size, ranks)
+            else:
+                found.gather(tokens, self.D * size, ranks)
+            self._leave(found, axes, size)
+        return found.kinds
+
+    def traffic(self, size: int) -> dict[str, Traffic]:
+        """What a device receives in a forward pass, by kind of collective."""
+        found = _Tally()
+        for _ in range(self.L):
+            found.add(self.layer_traffic(size))
+        self._gather_weights(found, size)
+        axes, where = self.where.of("vocab"), self.where
+        replicas = tuple(axis for axis in axes if axis in where.of("batch"))
+        found.gather(self.padded * where.size(replicas), 4, where.size(replicas))  # token ids
+        if parts := where.size(where.of("fsdp")):
+            tokens = self.entered(axes)
+            found.gather(tokens * parts, 4, parts)
+            found.one("all-to-all", tokens * self.D * size, parts)
+        self._leave(found, axes, size)
+        if self.work.phase == "train":
+            return found.kinds
+        if where.boundary.kind == "flashcomm1":
+            found.gather(self.padded, self.D * size, where.size(where.of("heads")))
+        rows, heads = self.rows * where.size(replicas), where.size(axes) // where.size(replicas)
+        found.gather(rows, self.D * size, where.size(replicas))
+        found.one("all-to-all", rows * self.V * 4, where.size(replicas))
+        found.gather(self.rows, self.V * where.size(axes) * 4, heads)
+        if self.work.phase == "decode":
+            found.one("all-reduce", 4, where.size(where.of("batch")))  # whether any goes on
+        return found.kinds
+
+    def _gather_weights(self, found: "_Tally", size: int) -> None:
+        """FSDP: every matrix, when its layer needs it; not the embedding."""
+        ranks = self.where.size(self.where.of("fsdp"))
+        matrices = [self.D * self.H * (self.Q + 2 * self.K), self.D * self.H * self.Q]
+        matrices += [self.mlp_params() * 2 // 3, self.mlp_params() // 3]
+        if (moge := self.config.moge) is not None:
+            all_held = moge.num_experts // self.where.size(self.where.of("expert"))
+            whole = all_held * self.expert_params()
+            matrices += [whole * 2 // 3, whole // 3, self.D * moge.num_experts]
+        for matrix in [*matrices * self.L, self.D * self.V]:  # the head is the last
+            found.gather(1, matrix * size, ranks)
+
+    def _leave(self, found: "_Tally", axes: Axes, size: int) -> None:
+        tokens, ranks = self.entered(axes), self.where.size(axes)
+        if self.where.boundary.kind == "flashcomm1":
+            found.one("reduce-scatter", tokens // ranks * self.D * size, ranks)
+        else:
+            found.one("all-reduce", tokens * self.D * size, ranks)
+
+
+class _Tally:
+    """Sums of traffic; groups of one device have none."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Traffic] = {}
+
+    def one(self, kind: str, size: int, ranks: int) -> None:
+        """A collective whose result has `size` bytes."""
+        if ranks > 1:
+            self.add({kind: Traffic(1, received(kind, size, ranks))})
+
+    def gather(self, tokens: int, of_token: int, ranks: int) -> None:
+        """An all-gather of so many tokens in the end."""
+        self.one("all-gather", tokens * of_token, ranks)
+
+    def add(self, more: dict[str, Traffic]) -> None:
+        """Everything of another tally."""
+        for kind, traffic in more.items():
+            own = self.kinds.setdefault(kind, Traffic())
+            own.count, own.bytes = own.count + traffic.count, own.bytes + traffic.bytes

@@ -1,0 +1,80 @@
+"""The `plan` command of training: one step, for devices that are not here."""
+
+from typing import Any
+
+from infer.plan import command as plans
+from pangu_jax.errors import ConfigError, InputError
+from pangu_jax.plan import target as targets
+from train import config as configs
+from train.commands import Plan as Command
+from train.config import Config
+
+# What training computes in, today.
+DTYPE, BYTES = "float32", 4
+
+
+def run(command: Command) -> int:
+    """Prints the plan as a table, or as one JSON object."""
+    target = targets.load(command.target)
+    plans.check_output(command.plot)
+    config = configs.load(command.config, command.overrides)
+    plans.prepare(target)  # before JAX is imported
+    from infer.plan import report
+
+    plan = of(config, target)
+    if not command.formulas:
+        plan = plans.compiled(plan, lambda: lower(config, plan))
+    plans.show([plan], command.json, command.plot, report)
+    return 0
+
+
+def of(config: Config, target: targets.Target) -> Any:
+    """The plan of a step by formula. Raises ConfigError."""
+    from infer.plan import report
+    from pangu_jax.parallel import layout
+    from pangu_jax.plan.cost import Work
+
+    name, model = plans.model_config(str(config.model.path or config.model.preset))
+    if config.data.length > model.max_positions:
+        raise ConfigError(f"data.length: the model has only {model.max_positions} positions")
+    shown = config.model.layout or "single"
+    where = layout.load(shown).over(target.num_devices)
+    if where.num_devices != target.num_devices:
+        raise InputError(
+            f"layout {shown} is for {where.num_devices} devices; {target} has "
+            f"{target.num_devices}: choose another --model.layout, such as fsdp"
+        )
+    work = Work("train", config.data.batch, config.data.length)
+    return report.of(name, model, target, shown, where, DTYPE, BYTES, work)
+
+
+def lower(config: Config, plan: Any) -> Any:
+    """The step of `train.loop`, lowered for the target's devices. Raises NoCompiler."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from pangu_jax import build
+    from pangu_jax.pytree import unchecked
+    from train import optimizer as optimizers
+    from train import step as steps
+    from train.objectives import Batch
+
+    devices = plan.target.devices()
+    model = build.abstract(
+        plan.config, dtype=DTYPE, where=plan.where, form="stacked", devices=devices
+    )
+    names = [name for name, _ in build.named_leaves(model)]
+    frozen = optimizers.frozen(config.optimizer.freeze, names)
+    optimizer = optimizers.make(config.optimizer, config.run.steps)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    shapes = jax.eval_shape(lambda model: steps.begin(model, optimizer, frozen), model)
+    state = jax.tree.map(place, shapes, steps.places(model, shapes))
+    rows = NamedSharding(model.mesh, plan.where.rows)
+    size = (plan.where.round_rows(config.data.batch), config.data.length)
+    grid = lambda dtype: jax.ShapeDtypeStruct(size, dtype, sharding=rows)
+    whole, real = grid(jnp.int32), grid(jnp.float32)
+    batch = unchecked(
+        Batch, tokens=whole, targets=whole, segments=whole, positions=whole, weights=real
+    )
+    return jax.jit(steps.make(model, optimizer), donate_argnames="state").lower(state, batch)
