@@ -20,6 +20,7 @@ from pangu_jax.cache import Cache, Meta
 from pangu_jax.model import Pangu
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
+from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.pytree import pytree, unchecked
 
 # Decode steps of one dispatch at most (own choice): few host round trips, and Ctrl-C still answers.
@@ -87,7 +88,7 @@ def prefill(
 
     rows, held = where.rows, caches.specs(blank, where)
     in_specs = (held, rows, rows, _request_specs(request, where))
-    run = models.on_mesh(model, local, in_specs, (_state_specs(held, where), rows))
+    run = on_mesh(model, local, in_specs, (_state_specs(held, where), rows))
     state, choice = run(model, blank, tokens, mask, request)
     return state, jax.tree.map(lambda array: array[:, None], choice)
 
@@ -130,7 +131,7 @@ def decode(
 
     states = _state_specs(caches.specs(state.cache, where), where)
     in_specs = (states, _request_specs(request, where), PartitionSpec())
-    run = models.on_mesh(model, local, in_specs, (states, where.rows))
+    run = on_mesh(model, local, in_specs, (states, where.rows))
     return run(model, state, request, steps)
 
 

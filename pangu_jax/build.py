@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from pangu_jax.config import DType, ModelConfig
 from pangu_jax.errors import ConfigError
-from pangu_jax.model import Form, Pangu, specs
+from pangu_jax.model import Form, Pangu
 from pangu_jax.origin import Origin
 from pangu_jax.parallel import fit, layout
 from pangu_jax.parallel.layout import Layout
@@ -102,7 +102,7 @@ def weights(model: Pangu) -> dict[str, Array]:
 def places(model: Pangu) -> dict[str, NamedSharding]:
     """Where `weights` puts each leaf."""
     shapes, found = own_shapes(model), {}
-    for (name, held), spec in zip(named_leaves(model), jax.tree.leaves(specs(model)), strict=True):
+    for (name, held), spec in zip(named_leaves(model), jax.tree.leaves(model.specs), strict=True):
         kept = [
             part if size == own else None
             for part, size, own in zip(spec, held.shape, shapes[name], strict=True)

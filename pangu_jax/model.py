@@ -28,15 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.core import Tracer
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax import cache as caches
-from pangu_jax import rope
+from pangu_jax import rope, tokens_and_mask
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
@@ -47,6 +46,7 @@ from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
 from pangu_jax.parallel import boundary, fit
 from pangu_jax.parallel.layout import Layout, Role
+from pangu_jax.parallel.on_mesh import on_mesh, pad_rows
 
 Form = Literal["separate", "stacked"]
 Tap = Callable[[Array, Routing | None], Any]
@@ -135,7 +135,7 @@ class Pangu(nnx.Module):
         masks of anything but 0 and 1 (both are looked for outside transforms only), or a mesh
         entered by the caller.
         """
-        return _logits(self, *check_tokens(self.config, tokens, attention_mask))
+        return full_pass(self, *tokens_and_mask.check(self.config, tokens, attention_mask))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -148,6 +148,12 @@ class Pangu(nnx.Module):
         if self.form == "separate":
             return (None,) * len(self.blocks)
         return tuple(block.attention_norm.weight.shape[0] for block in self.blocks)
+
+    @property
+    def specs(self) -> Any:
+        """How the mesh splits every leaf: a tree like the model with PartitionSpecs."""
+        specs = _specs(self.config, self.form, self.layout, self.mesh)
+        return jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(specs))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A KV cache for this model with `capacity` slots per sequence, on its devices."""
@@ -182,7 +188,7 @@ def tapped_forward(
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
     """
-    where, own_specs = model.layout, specs(model)
+    where, specs = model.layout, model.specs
     with exact_if_float32(model.dtype):
         x = boundary.varying(embed(model, tokens), where.stream)
         config = model.config
@@ -197,7 +203,7 @@ def tapped_forward(
             def layer(
                 block: Block, x: Array, cache: LayerCache | None, stack: Experts | None, i: int = i
             ) -> tuple:
-                block = boundary.unshard(block, own_specs.blocks[i], where)
+                block = boundary.unshard(block, specs.blocks[i], where)
                 return block(x, angles, meta, cache, where, stack)
 
             pair = (cache.keys[i], cache.values[i]) if cache is not None else None
@@ -282,14 +288,9 @@ def head(model: Pangu) -> Float[Array, "part D"]:
     """This device's rows of the output matrix, which may end in padding; a tied head is the
     embedding itself.
     """
-    own = specs(model)
-    held, spec = (model.embed, own.embed) if model.head is None else (model.head, own.head)
+    specs = model.specs
+    held, spec = (model.embed, specs.embed) if model.head is None else (model.head, specs.head)
     return boundary.unshard(held, spec, model.layout)[...]
-
-
-def specs(model: Pangu) -> Any:
-    """How the mesh splits every leaf: a tree like the model with PartitionSpecs."""
-    return _specs(model.config, model.form, model.layout, model.mesh)
 
 
 @functools.lru_cache(maxsize=64)
@@ -298,34 +299,11 @@ def _specs(config: ModelConfig, form: Form, where: Layout, mesh: Mesh | Abstract
     return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
 
 
-def on_mesh(model: Pangu, local: Callable, in_specs: Any = (), out_specs: Any = None) -> Callable:
-    """`local(model, ...)`, written for one device, as a function of global arrays on the model's
-    mesh.
-
-    in_specs: of the arguments after the model
-    """
-    ambient = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in ambient.axis_types:
-        raise ValueError(
-            "this call is inside a shard_map; a model opens its own: call pangu_jax.model.forward "
-            "there, or the model outside"
-        )
-    if not ambient.empty:
-        raise ValueError(
-            f"a mesh {dict(ambient.shape)} is set around this call; pangu_jax passes its own: "
-            "leave jax.set_mesh before calling the model, and choose devices with a layout"
-        )
-    out_specs = PartitionSpec() if out_specs is None else out_specs
-    model_specs = jax.tree.unflatten(
-        jax.tree.structure(model), jax.tree.leaves(specs(model))
-    )  # origins differ
-    return jax.shard_map(
-        local, mesh=model.mesh, in_specs=(model_specs, *in_specs), out_specs=out_specs
-    )
-
-
 @jax.jit
-def _logits(model: Pangu, tokens: Array, mask: Array) -> Array:
+def full_pass(
+    model: Pangu, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T V"]:
+    """`Pangu.__call__` of checked arguments."""
     where = model.layout
     tokens, mask, count = pad_rows(where, tokens, mask)
 
@@ -336,49 +314,6 @@ def _logits(model: Pangu, tokens: Array, mask: Array) -> Array:
 
     run = on_mesh(model, local, (where.rows, where.rows), where.rows)
     return run(model, tokens, mask)[:count]
-
-
-def pad_rows(where: Layout, tokens: Array, mask: Array) -> tuple[Array, Array, int]:
-    """Tokens and mask with rows of padding, as many as the replicas of attention can share; and how
-    many there were.
-    """
-    count = tokens.shape[0]
-    more = [(0, where.round_rows(count) - count), (0, 0)]
-    return jnp.pad(tokens, more), jnp.pad(mask, more), count
-
-
-def check_tokens(config: ModelConfig, tokens: Any, mask: Any) -> tuple[Any, Any]:
-    """Tokens as int32 [B, T] and the mask as bool [B, T], all True when it is None.
-
-    Raises ValueError.
-    """
-    if getattr(tokens, "ndim", None) != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        kind = (
-            f"{getattr(tokens, 'dtype', type(tokens).__name__)}{list(getattr(tokens, 'shape', []))}"
-        )
-        raise ValueError(f"tokens must be an integer array [B, T], not {kind}")
-    if 0 in tokens.shape:
-        raise ValueError(f"tokens {list(tokens.shape)} hold no token")
-    if mask is None:
-        mask = np.ones(tokens.shape, bool)
-    if getattr(mask, "shape", None) != tokens.shape:
-        raise ValueError(f"attention_mask must have the tokens' shape {list(tokens.shape)}")
-    if mask.dtype != bool and not np.issubdtype(mask.dtype, np.integer):
-        raise ValueError(f"attention_mask must be bool, or 0 and 1 as integers, not {mask.dtype}")
-    if not isinstance(mask, Tracer):
-        mask = np.asarray(mask)
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("attention_mask must hold 0 and 1 only")
-        if not isinstance(tokens, Tracer):
-            _check_ids(config, np.where(mask, np.asarray(tokens), 0))
-    return tokens.astype(np.int32), mask.astype(bool)
-
-
-def _check_ids(config: ModelConfig, tokens: np.ndarray) -> None:
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
 
 
 def _maker(

@@ -9,10 +9,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax import model as models
+from pangu_jax import tokens_and_mask
 from pangu_jax.cache import Meta
 from pangu_jax.model import Pangu
 from pangu_jax.moge import Routing
 from pangu_jax.parallel import boundary
+from pangu_jax.parallel.on_mesh import on_mesh, pad_rows
 from pangu_jax.pytree import pytree
 
 
@@ -41,13 +43,13 @@ def trace(
     attention_mask: Bool[Array | np.ndarray, "B T"] | Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Trace:
     """The Trace of a full causal pass. Raises ValueError as the model's own call does."""
-    return _trace(model, *models.check_tokens(model.config, tokens, attention_mask))
+    return _trace(model, *tokens_and_mask.check(model.config, tokens, attention_mask))
 
 
 @jax.jit
 def _trace(model: Pangu, tokens: Array, mask: Array) -> Trace:
     where = model.layout
-    tokens, mask, count = models.pad_rows(where, tokens, mask)
+    tokens, mask, count = pad_rows(where, tokens, mask)
     B, T = tokens.shape
 
     def local(model: Pangu, tokens: Array, mask: Array) -> tuple:
@@ -64,7 +66,7 @@ def _trace(model: Pangu, tokens: Array, mask: Array) -> Trace:
         return jnp.concatenate([first[None], streams]), last, routing
 
     tokens_second = PartitionSpec(None, *where.rows)
-    run = models.on_mesh(
+    run = on_mesh(
         model, local, (where.rows, where.rows), (tokens_second, where.rows, tokens_second)
     )
     streams, last, routing = run(model, tokens, mask)

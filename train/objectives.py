@@ -17,6 +17,7 @@ from pangu_jax.cache import Meta
 from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.model import Pangu
 from pangu_jax.parallel import boundary
+from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.pytree import pytree
 
 # Tokens whose float32 logits are held at once; the backward pass computes them again. At the
@@ -57,7 +58,7 @@ def loss(model: Pangu, batch: Batch) -> Float[Array, ""]:
             count = lax.psum(count, replicas)
         return total / jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
 
-    return pangu.on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
+    return on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
 
 
 def cross_entropy(

@@ -26,16 +26,17 @@ def run(command: Command) -> int:
     from infer.plan import programs, report
 
     name, config = model_config(command.model)
-    plans = []
+    found = {}  # the same prefill goes with several batches
     for layout in command.layout or ("single",):
         for dtype in command.dtype or (config.dtype,):
             for batch in command.batch:
                 for context in command.context:
-                    plans += programs.formulas(
+                    for plan in programs.formulas(
                         name, config, target, layout, dtype, batch, context, command.prompts
-                    )
+                    ):
+                        found[plan.layout, plan.dtype, plan.work] = plan
     wanted = (command.phase,) if command.phase else PHASES
-    plans = [plan for plan in plans if plan.work.phase in wanted]
+    plans = [plan for phase in wanted for plan in found.values() if plan.work.phase == phase]
     few = len(plans) <= len(PHASES)
     if few and not command.formulas:
         plans = [compiled(plan, lambda p=plan: programs.lower(p, command.form)) for plan in plans]

@@ -208,21 +208,23 @@ def chart(plans: Sequence[Plan]) -> Any:
 
     figure = Figure(figsize=(11, 1.6 + 0.45 * len(plans)), layout="constrained")
     memory, times = figure.subplots(1, 2, sharey=True)
-    names = [_name(plan, plans) for plan in plans]
-    left = [0.0] * len(plans)
+    places, left = range(len(plans)), [0.0] * len(plans)
     for part in ("weights", "cache", "working"):
         sizes = [_part(plan, part) / GIB for plan in plans]
-        memory.barh(names, sizes, left=left, label=part)
+        memory.barh(places, sizes, left=left, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
+    memory.set_yticks(places, [_name(plan, plans) for plan in plans])
     memory.axvline(plans[0].target.chip.memory_gib, color="black", linestyle="--", label="there is")
     memory.set_xlabel("GiB per device")
     for i, unit in enumerate(("compute", "memory", "network")):
         values = [plan.seconds[unit] * 1e3 for plan in plans]
-        places = [place + (i - 1) * 0.27 for place in range(len(plans))]
-        times.barh(places, values, height=0.25, label=unit)
+        rows = [place + (i - 1) * 0.27 for place in places]
+        times.barh(rows, values, height=0.25, label=unit, color=f"C{3 + i}")
     times.set_xlabel("ms per step, at least")
     for axis in (memory, times):
-        axis.legend(fontsize="small")
+        axis.legend(
+            fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False
+        )
     memory.invert_yaxis()
     first = plans[0]
     figure.suptitle(f"Planned, not measured: {first.model} on {first.target}")

@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import AxisType
 
 import pangu_jax
-from pangu_jax import build
+from pangu_jax import build, tokens_and_mask
 from pangu_jax import cache as caches
 from pangu_jax import model as models
 from pangu_jax.cache import Meta
 from pangu_jax.model import Pangu
 from pangu_jax.parallel import boundary
+from pangu_jax.parallel.on_mesh import on_mesh
 from tests import folders
 
 
@@ -92,7 +93,7 @@ def run_cached(model: Pangu, tokens: np.ndarray, pieces: list[int], mask: np.nda
 
         where, held = model.layout, caches.specs(cache, model.layout)
         in_specs, out_specs = (held, where.rows, where.rows), (held, where.rows)
-        return models.on_mesh(model, local, in_specs, out_specs)(model, cache, tokens, mask)
+        return on_mesh(model, local, in_specs, out_specs)(model, cache, tokens, mask)
 
     cache, out, at = model.empty_cache(len(tokens), tokens.shape[1] + 3), [], 0
     for width in pieces:
@@ -163,7 +164,7 @@ def test_calls_of_one_shape_trace_once(folder: Path) -> None:
 )
 def test_bad_tokens_get_one_line(model: Pangu, tokens, mask, complaint: str) -> None:
     with pytest.raises(Exception, match=complaint) as caught:
-        models.check_tokens(model.config, tokens, mask)
+        tokens_and_mask.check(model.config, tokens, mask)
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
 
