@@ -270,7 +270,7 @@ def _blocks(
         return lax.fori_loop(0, used if uneven else n, one, rows)
 
 
-def _blocks_forward(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
+def _blocks_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _blocks(*arguments), arguments[:-1]
 
 

@@ -1,0 +1,216 @@
+"""The plan command of training: a step of the nano run on machines that are not here."""
+
+import json
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+
+import pangu_jax
+from infer.plan import command as plans
+from tests import layouts
+from train import __main__ as door
+from train import plan
+
+ORACLE = Path(__file__).parent.parent / "oracle"
+WEIGHTS = 4 * pangu_jax.preset("nano").num_parameters
+TOML = """
+vocab_size = 64
+hidden_size = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+intermediate_size = 24
+rope_theta = 1e4
+max_positions = 64
+dtype = "float32"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _leave_everything_as_it_was() -> Iterator[None]:
+    """Planning sets environment variables, and takes JAX's compilation cache away."""
+    cached = jax.config.jax_enable_compilation_cache
+    with mock.patch.dict(os.environ):
+        yield
+    jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """`plan nano ...` in this process: exit code, stdout, stderr."""
+    code = door.main(["plan", "nano", *argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The one plan of a command that succeeds."""
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found) == {"plans"}
+    (one,) = found["plans"]
+    return one
+
+
+def test_a_table_by_formula(capsys) -> None:
+    code, out, err = run(capsys, "--target", "v5e", "--formulas")
+    assert (code, err) == (0, "")
+    title = "Planned: train, nano, single on v5e:1 (TPU v5e), float32, 8 x 128 tokens: fits, "
+    assert out.startswith(f"{title}by formula only\n")
+    assert "| weights, gradients, moments |" in out
+    assert "| cache " not in out
+    assert "room for" not in out
+
+
+def test_json_by_formula(capsys) -> None:
+    one = as_json(capsys, "--target", "v5e", "--formulas")
+    assert (one["label"], one["phase"], one["model"]) == ("planned", "train", "nano")
+    assert (one["layout"], one["dtype"]) == ("single", "float32")
+    assert (one["batch"], one["context"]) == (8, 128)
+    assert one["formula"]["weights"] == 4 * WEIGHTS
+    assert one["formula"]["cache"] == 0
+    assert one["formula"]["traffic"] == {}
+    assert one["compiled"] is None
+    assert one["tokens_per_s_at_most"] == pytest.approx(8 * 128 / max(one["seconds"].values()))
+
+
+def test_fields_of_the_run_are_flags(capsys) -> None:
+    flags = ("--data.batch", "16", "--data.length", "256", "--model.preset", "nano-moge")
+    one = as_json(capsys, "--target", "v5e", "--formulas", *flags, "--model.tokenizer", "nano")
+    assert (one["model"], one["batch"], one["context"]) == ("nano-moge", 16, 256)
+
+
+def test_fsdp_keeps_parts_of_weights(capsys) -> None:
+    """An eighth of every matrix, as all of nano's sizes can be split; norms and biases whole."""
+    flags = ("--target", "cpu:8", "--model.layout", "fsdp", "--formulas")
+    one = as_json(capsys, *flags)
+    config = pangu_jax.preset("nano")
+    D, H = config.hidden_size, config.head_dim
+    fused = (config.num_heads + 2 * config.num_kv_heads) * H
+    vectors = config.num_layers * (3 * D + fused) + D
+    matrices = config.num_parameters - vectors
+    assert one["formula"]["weights"] == 4 * 4 * (matrices // 8 + vectors)
+    assert set(one["formula"]["traffic"]) == {"all-gather", "all-to-all"}
+
+
+def test_a_model_folder(capsys) -> None:
+    folder = ORACLE / "dense-tiny"
+    flags = ("--model.path", str(folder), "--data.length", "16", "--target", "cpu", "--formulas")
+    assert as_json(capsys, *flags)["model"] == "dense-tiny"
+
+
+def test_what_does_not_fit_says_so_and_what_to_do(capsys) -> None:
+    flags = ("--model.preset", "embedded-7b", "--model.tokenizer", "nano", "--data.length", "4096")
+    code, out, _ = run(capsys, "--target", "v5e:8", "--model.layout", "fsdp", "--formulas", *flags)
+    assert code == 0
+    assert "DOES NOT FIT" in out.splitlines()[0]
+    assert "- 16 devices (mesh.data = 16): saves" in out
+    assert "- 4 sequences instead of 8: saves" not in out  # each device has one in any case
+    assert "bfloat16" not in out
+
+
+def test_a_chart(capsys, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plan.svg"
+    code, _, err = run(capsys, "--target", "v5e", "--formulas", "--plot", str(file))
+    assert code == 0
+    assert f"wrote {file}" in err
+    assert file.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--target", "cpu:4"], "for 1 devices; cpu:4 has 4: choose another --model.layout, such"),
+        (["--target", "cpu:4", "--model.layout", "h2p-8"], "layout h2p-8 is for 8 devices; cpu:4"),
+        (["--target", "cpu:12", "--model.layout", "fsdp-h2p-8"], "a multiple of 8 devices, not 12"),
+        (["--target", "cpu:3", "--model.layout", "fsdp"], "cannot split a hidden size of 128"),
+        (["--target", "cpu:8", "--model.layout", "tp8"], "8 ranks) cannot split 4 query and 2"),
+        (["--target", "cpu", "--model.layout", "tp9"], "no layouts configuration named 'tp9'"),
+        (["--target", "v9"], "no targets configuration named 'v9'"),
+        (["--target", "cpu", "--data.length", "1025"], "the model has only 1024 positions"),
+        (["--target", "cpu", "--data.batch", "0"], "batch must be at least 1"),
+        (["--target", "cpu", "--model.preset", "mano"], "no models configuration named 'mano'"),
+        (["--target", "cpu", "--model.path", "/nowhere"], "/nowhere"),
+        (["--target", "cpu", "--optimizer.freeze", "nothing.*"], "nothing.*"),
+        (["--target", "cpu", "--model.lay", "fsdp"], "unknown option '--model.lay'"),
+        (["--target", "cpu", "--plot", "plan.pdf"], "--plot writes .png or .svg files"),
+        (["--target", "cpu", "--plot", "none/plan.svg"], "no such folder"),
+        (["--formulas"], "arguments are required: --target"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, argv: list[str], complaint: str) -> None:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert complaint in line
+    assert err.count("error: ") == 1
+
+
+def test_an_unknown_run(capsys) -> None:
+    assert door.main(["plan", "mano", "--target", "cpu"]) == 2
+    assert "no train configuration named 'mano'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "plugin"), [("v5p", "libtpu"), ("h200", "jax_cuda13_plugin")])
+def test_without_the_compiler_there_are_the_formulas(capsys, name: str, plugin: str) -> None:
+    if find_spec(plugin):
+        pytest.skip("it is installed here")
+    code, out, err = run(capsys, "--target", name)
+    assert code == 0
+    assert f"the compiler for {name}:1 is not installed here" in err
+    assert "planned by formula only" in err
+    assert "fits, by formula only" in out
+
+
+def test_the_data_are_not_read(capsys, tmp_path: Path) -> None:
+    flags = ("--data.path", str(tmp_path / "none.jsonl"), "--run.output", str(tmp_path / "run"))
+    as_json(capsys, "--target", "v5e", "--formulas", *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled(capsys, tmp_path: Path) -> None:
+    """With gradients that are still there when moments and weights are made anew."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(TOML)
+    flags = ("--model.preset", str(file), "--model.tokenizer", "nano", "--data.length", "16")
+    with layouts.quick_compiles():
+        one = as_json(capsys, "--target", "cpu", *flags)
+    made, held = one["compiled"], one["formula"]["weights"]
+    assert one["model"] == "tiny"
+    assert made["compile_s"] > 0
+    assert made["collectives"] == {}
+    # Weights and two moments; gradients are temporary.
+    assert 3 * held / 4 <= made["resident"] < 3 * held / 4 + 10_000
+    assert made["temporary"] >= held / 4
+    assert one["needed_bytes"] == made["resident"] + made["temporary"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano", "nano-moge"])
+def test_a_step_is_compiled_for_eight_devices(capsys, name: str) -> None:
+    flags = ("--model.preset", name, "--model.tokenizer", "nano", "--model.layout", "fsdp")
+    one = as_json(capsys, "--target", "cpu:8", *flags)
+    made, formula = one["compiled"], one["formula"]
+    assert 3 * formula["weights"] / 4 <= made["resident"] < 0.8 * formula["weights"]
+    # Weights are gathered again for the backward pass, and gradients are scattered.
+    assert made["collectives"]["all-gather"]["bytes"] > formula["traffic"]["all-gather"]["bytes"]
+    assert made["collectives"]["reduce-scatter"]["bytes"] > 0
+
+
+def test_nothing_is_compiled_where_only_formulas_are_wanted(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "lower", lambda config, plan: pytest.fail("lowered"))
+    monkeypatch.setattr(plans, "compiled", lambda plan, lower: pytest.fail("compiled"))
+    assert as_json(capsys, "--target", "cpu", "--formulas")["compiled"] is None
