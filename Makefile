@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Files of tests side by side: compiling, most of the time, takes one core.
+SIDE := -n logical --maxprocesses 4 --dist loadfile
 TYPES := --jaxtyping-packages=pangu_jax,infer,train,beartype.beartype
 
 .PHONY: help demo test test-slow check format clean
@@ -15,7 +17,7 @@ demo: $(READY)  ## train a nano model to think fast and slow, and examine it (so
 	$(BIN)/pangu-train demo $(ARGS)
 
 test: $(READY)  ## the test suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow" $(TYPES) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SIDE) $(TYPES) $(ARGS)
 
 test-slow: $(READY)  ## the slow tests: gigabytes of weights, minutes of CPU
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -101,7 +101,7 @@ def places(like: Pangu, state: State) -> Any:
     """Where everything of a state lies: moments with their weights, the rest on every device."""
     of_weights, everywhere = build.places(like), NamedSharding(like.mesh, PartitionSpec())
 
-    def place(path: tuple, leaf: Array) -> NamedSharding:
+    def place(path: tuple, leaf: Any) -> NamedSharding:
         name = next((str(key.key) for key in path if isinstance(key, DictKey)), "")
         own = of_weights.get(name, everywhere)
         return own if leaf.ndim else everywhere

@@ -102,61 +102,72 @@ def advise(plan: Plan) -> list[str]:
 
 def details(plan: Plan) -> str:
     """One plan as a Markdown table: by formula, and as compiled."""
-    chip, made, work = plan.target.chip, plan.compiled, plan.work
-    rows = [("per device", "formula", "compiled"), ("---",) * 3]
-    what = "weights, gradients, moments" if work.phase == "train" else "weights"
-    rows.append((what, _gib(plan.cost.weights), ""))
-    if work.phase != "train":
-        rows.append(("cache", _gib(plan.cost.cache), ""))
-    rows += [
-        ("arguments and results", "", "" if made is None else _gib(made.resident)),
-        (
-            "working memory",
-            f"{_gib(plan.cost.working)} (estimate)",
-            "" if made is None else _gib(made.temporary),
-        ),
-    ]
-    share = lambda size: f"{_gib(size)}, {size / GIB / chip.memory_gib:.0%} of {chip.memory_gib:g}"
-    rows.append(
-        (
-            "in all",
-            share(plan.cost.held),
-            "" if made is None else share(made.resident + made.temporary),
-        )
+    made, work = plan.compiled, plan.work
+    rows = [*_memory(plan), *_collectives(plan), *_times(plan)]
+    if made is None:
+        rows = [row[:2] for row in rows if row[1]]
+    head = [("per device", "formula", "compiled"), ("---",) * 3]
+    new = f"{work.length:,} of {work.context:,}" if work.length == 1 else f"{work.context:,}"
+    title = (
+        f"Planned: {work.phase}, {plan.model}, {plan.layout} on {plan.target} "
+        f"({plan.target.chip.name}), {plan.dtype}, {work.batch:,} x {new} tokens: "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}{'' if made else ', by formula only'}"
     )
-    kinds = {**plan.cost.traffic, **(made.collectives if made else {})}
-    for kind in kinds:
-        by_formula = _traffic(plan.cost.traffic.get(kind))
-        rows.append(
-            (kind, by_formula, "" if made is None else _traffic(made.collectives.get(kind)))
-        )
-    rows.append(("FLOPs", f"{plan.cost.flops / 1e12:,.2f} T", ""))
-    rows.append(("bytes read", _gib(plan.cost.read), ""))
+    shown = table([line[: len(rows[0])] for line in head] + rows)
+    return "\n".join([title, "", shown, *_notes(plan)])
+
+
+Row = tuple[str, ...]
+
+
+def _memory(plan: Plan) -> list[Row]:
+    made, cost = plan.compiled, plan.cost
+    share = lambda size: (
+        f"{_gib(size)}, {size / GIB / plan.target.chip.memory_gib:.0%} of "
+        f"{plan.target.chip.memory_gib:g}"
+    )
+    training = plan.work.phase == "train"
+    rows = [("weights, gradients, moments" if training else "weights", _gib(cost.weights), "")]
+    if not training:
+        rows.append(("cache", _gib(cost.cache), ""))
+    rows.append(("arguments and results", "", _gib(made.resident) if made else ""))
+    by_formula = f"{_gib(cost.working)} (estimate)"
+    rows.append(("working memory", by_formula, _gib(made.temporary) if made else ""))
+    total = share(made.resident + made.temporary) if made else ""
+    return [*rows, ("in all", share(cost.held), total)]
+
+
+def _collectives(plan: Plan) -> list[Row]:
+    formula, compiled = plan.cost.traffic, plan.compiled.collectives if plan.compiled else {}
+    kinds = {**formula, **compiled}
+    return [(kind, _traffic(formula.get(kind)), _traffic(compiled.get(kind))) for kind in kinds]
+
+
+def _times(plan: Plan) -> list[Row]:
+    rows = [
+        ("FLOPs", f"{plan.cost.flops / 1e12:,.2f} T", ""),
+        ("bytes read", _gib(plan.cost.read), ""),
+    ]
     for unit, seconds in plan.seconds.items():
         rows.append((f"{unit}, at least", f"{seconds * 1e3:,.2f} ms", ""))
     unit, rate = plan.bound
     rows.append(("tokens/s of all, at most", f"{rate:,.0f} ({unit})", ""))
-    if made is not None:
-        rows.append(("compile time", "", f"{made.compile_s:.0f} s"))
-    new = f"{work.length:,} of {work.context:,}" if work.length == 1 else f"{work.context:,}"
-    if made is None:
-        rows = [row[:2] for row in rows]
-    title = (
-        f"Planned: {work.phase}, {plan.model}, {plan.layout} on {plan.target} ({chip.name}), "
-        f"{plan.dtype}, {work.batch:,} x {new} tokens: "
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}{'' if made else ', by formula only'}"
-    )
-    return "\n".join([title, "", table(rows), *_notes(plan)])
+    if plan.compiled is not None:
+        rows.append(("compile time", "", f"{plan.compiled.compile_s:.0f} s"))
+    return rows
 
 
 def _notes(plan: Plan) -> list[str]:
     lines = [f"- the compiler: {plan.refused}"] if plan.refused else []
     lines += [f"- {line}" for line in advise(plan)]
-    if plan.compiled is not None:
+    if (made := plan.compiled) is not None:
         lines += [
             f"- intermediate: {_gib(b.bytes)} {b.op} {b.type} {b.source}".rstrip()
-            for b in plan.compiled.buffers
+            for b in made.buffers
         ]
+        count = lambda kinds: getattr(kinds.get("reduce-scatter"), "count", 0)
+        if count(made.collectives) < count(plan.cost.traffic):
+            lines.append("- the compiler made all-reduces of some reduce-scatters: twice the bytes")
     return ["", *lines] if lines else []
 
 
@@ -255,7 +266,7 @@ def _name(plan: Plan, plans: Sequence[Plan]) -> str:
     return ", ".join(kept or [work.phase])
 
 
-def _gib(size: float) -> str:
+def _gib(size: float | int) -> str:
     return (
         f"{size / GIB:,.2f} GiB" if size >= GIB / 100 or size == 0 else f"{size / 2**20:,.2f} MiB"
     )

@@ -121,9 +121,10 @@ class Layout:
             ("experts.expert and experts.ffn", self.experts.expert + self.experts.ffn),
             ("shared.ffn", self.shared.ffn),
             ("vocab", self.vocab),
+            ("params.fsdp", self.params.fsdp),
         ):
             if len(set(axes)) != len(axes):
-                raise ConfigError(f"{name} name an axis twice: {', '.join(axes)}")
+                raise ConfigError(f"{name}: an axis is named twice: {', '.join(axes)}")
         self._check_shared()
         self._check_fsdp()
 

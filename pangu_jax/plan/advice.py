@@ -56,9 +56,10 @@ def _alternatives(
             continue
         if other.num_devices == devices and other != where:
             yield f"layout {file.stem}", other, dtype, work
-    mesh = dataclasses.replace(where.mesh, data=2 * where.mesh.data)
-    twice = dataclasses.replace(where, mesh=mesh)
-    yield f"{2 * devices} devices (mesh.data = {mesh.data})", twice, dtype, work
+    for axis, ranks in dataclasses.asdict(where.mesh).items():
+        mesh = dataclasses.replace(where.mesh, **{axis: 2 * ranks})
+        twice = dataclasses.replace(where, mesh=mesh)
+        yield f"{2 * devices} devices (mesh.{axis} = {2 * ranks})", twice, dtype, work
 
 
 def largest_batch(

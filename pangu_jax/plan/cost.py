@@ -27,6 +27,9 @@ Phase = Literal["decode", "prefill", "train"]
 # AdamW keeps the gradient and two moments of every weight, in the weight's dtype.
 TRAINED = 4
 
+# Rows of logits that the loss holds at once (train/objectives.py).
+LOSS_ROWS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -53,7 +56,7 @@ class Cost:
 
     weights: with gradients and optimizer state in training
     working: an estimate
-    traffic: by kind of collective; of the forward pass alone in training
+    traffic: by kind of collective; in training of the forward pass and the loss alone
     """
 
     weights: int
@@ -86,7 +89,7 @@ def of(config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work) -> Cost
     flops, read = shape.flops(), shape.weights_read(size) + shape.cache_bytes(size)
     if training:
         backward = 3 if where.of("fsdp") else 2  # gathered layers are computed again
-        flops, read = flops * (1 + backward), (TRAINED + 2) * weights
+        flops, read = flops * (1 + backward), float((TRAINED + 2) * weights)
     return Cost(
         weights * (TRAINED if training else 1),
         0 if training else shape.cache_bytes(size),
@@ -146,11 +149,19 @@ class Share:
         width = self.held.intermediate_size if moge is None else moge.shared_width
         return 3 * self.D * (width or 0) // self.where.size(self.where.of("ffn"))
 
+    def held_mlp_params(self) -> int:
+        """Weights of all of a layer's experts, or of the dense MLP."""
+        moge = self.config.moge
+        if moge is None:
+            return self.mlp_params()
+        experts = moge.num_experts // self.where.size(self.where.of("expert"))
+        return self.mlp_params() + experts * self.expert_params()
+
     def pairs(self) -> float:
         """(token, expert) pairs of a layer, of this device."""
         moge = self.config.moge
         if moge is None:
-            return 0
+            return 0.0
         return self.M * moge.experts_per_token / self.where.size(self.where.of("expert"))
 
     def flops(self) -> float:
@@ -197,9 +208,13 @@ class Share:
         if self.work.phase != "train":
             return int(max(mlp, attention, logits))
         stream = self.L * self.padded // self.shards * self.D * size
-        if not self.where.of("fsdp"):  # nothing is computed again
+        if self.where.of("fsdp"):  # a layer's weights and gradient in one piece, or the head's
+            head = self.D * self.V
+            stream += 2 * size * (head + self.attention_params() + self.held_mlp_params())
+        else:  # nothing is computed again
             stream += int(self.L * (mlp + self.N * self.attention_params() // self.D * size))
-        return int(stream + max(mlp, attention))
+        rows = min(LOSS_ROWS, self.head_rows())
+        return int(stream + max(mlp, attention, 2 * 4 * rows * self.V))
 
     def layer_traffic(self, size: int) -> dict[str, Traffic]:
         """What a device receives in the forward pass of one layer, without FSDP's weights:
@@ -232,13 +247,14 @@ class Share:
         self._gather_weights(found, size)
         axes, where = self.where.of("vocab"), self.where
         replicas = tuple(axis for axis in axes if axis in where.of("batch"))
-        found.gather(self.padded * where.size(replicas), 4, where.size(replicas))  # token ids
+        found.gather(self.entered(axes), 4, where.size(replicas))  # token ids
         if parts := where.size(where.of("fsdp")):
             tokens = self.entered(axes)
             found.gather(tokens * parts, 4, parts)
             found.one("all-to-all", tokens * self.D * size, parts)
         self._leave(found, axes, size)
         if self.work.phase == "train":
+            self._loss(found, size)
             return found.kinds
         if where.boundary.kind == "flashcomm1":
             found.gather(self.padded, self.D * size, where.size(where.of("heads")))
@@ -249,6 +265,20 @@ class Share:
         if self.work.phase == "decode":
             found.one("all-reduce", 4, where.size(where.of("batch")))  # whether any goes on
         return found.kinds
+
+    def _loss(self, found: "_Tally", size: int) -> None:
+        """The final states of all who share the vocabulary, and its sums over parts of it."""
+        where, axes = self.where, self.where.of("vocab")
+        tokens, stream = self.entered(axes), where.stream
+        replicas = where.size([a for a in axes if a in where.of("batch")])
+        found.gather(tokens, self.D * size, where.size([a for a in stream if a in axes]))
+        for _ in ("targets", "weights"):
+            found.gather(tokens, 4, replicas)
+        chunks = -(-tokens // LOSS_ROWS)
+        for _ in range(3 * chunks):  # the largest logit, the sum, the target's own
+            found.one("all-reduce", -(-tokens // chunks) * 4, where.size(axes))
+        found.one("all-reduce", 4, where.size([a for a in stream if a not in axes]))
+        found.one("all-reduce", 4, where.size(where.of("batch")))
 
     def _gather_weights(self, found: "_Tally", size: int) -> None:
         """FSDP: every matrix, when its layer needs it; not the embedding."""

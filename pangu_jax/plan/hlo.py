@@ -68,6 +68,8 @@ class Program:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        whole = re.search(r"num_partitions=(\d+)", text)
+        self.devices = int(whole[1]) if whole else 1
         current: list[Instruction] = []
         for line in text.splitlines():
             if head := _HEAD.match(line):
@@ -125,11 +127,13 @@ class Program:
                 re.search(rf"{key}=%?([\w.\-]+)", rest) for key in ("body", "condition")
             )
             if body and condition:
-                yield body[1], self._trips(rest, condition[1])
+                times = self._trips(rest, condition[1])
+                yield from ((called[1], times) for called in (body, condition))
         elif instruction.op == "conditional":
-            for group in re.findall(r"(?:branch_computations=\{|\w+_computation=)([^}\s]*)", rest):
-                for called in group.rstrip(",").split(","):
-                    yield called.strip().lstrip("%"), 1
+            listed = re.findall(r"branch_computations=\{([^}]*)\}", rest)
+            named = re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", rest)
+            for called in ",".join(listed + named).split(","):
+                yield called.strip().lstrip("%"), 1
         elif instruction.op in ("call", "async-start") or (fused and instruction.op == "fusion"):
             called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)
             if called and not FUSED_SCATTER.search(rest):
@@ -159,6 +163,8 @@ class Program:
             return listed[1].count(",") + 1
         if counted := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]", rest):
             return int(counted[1])
+        if "replica_groups={}" in rest:
+            return self.devices
         called = re.search(r"calls=%?([\w.\-]+)", rest)
         inner = self.computations.get(called[1], []) if called else []
         return next((self._ranks(i, owner) for i in inner if i.op in KINDS), 1)

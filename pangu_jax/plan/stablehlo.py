@@ -11,24 +11,30 @@ _KINDS = {f"stablehlo.{kind.replace('-', '_')}": kind for kind in KINDS}
 
 
 def traffic(lowered: Any, mesh: Mapping[str, int]) -> dict[str, Traffic]:
-    """What a device receives, by kind of collective; the body of a loop counts once.
+    """What a device receives, by kind of collective. The body of a loop counts once, a function as
+    often as it is called.
 
     lowered: of jax.jit(...).lower(...)
     mesh: sizes of the axes of the mesh that it was lowered for
     """
+    from jaxlib.mlir import ir
+
+    named = lambda op: ir.StringAttr(op.operation.attributes["sym_name"]).value
+    functions = {named(op): op for op in lowered.compiler_ir("stablehlo").body.operations}
     found: dict[str, Traffic] = {}
 
     def visit(op: Any) -> Any:
-        from jaxlib.mlir import ir
-
-        if kind := _KINDS.get(op.name):
+        if op.name == "func.call":
+            functions[ir.FlatSymbolRefAttr(op.attributes["callee"]).value].operation.walk(visit)
+        elif kind := _KINDS.get(op.name):
             own = found.setdefault(kind, Traffic())
-            ranks = _ranks(str(op.attributes["replica_groups"]), mesh)
+            groups = op.attributes["replica_groups"] if "replica_groups" in op.attributes else ""
+            ranks = _ranks(str(groups), mesh) if groups else 1  # a permutation has none
             own.count += 1
             own.bytes += sum(received(kind, _size(str(r.type)), ranks) for r in op.results)
         return ir.WalkResult.ADVANCE
 
-    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    functions["main"].operation.walk(visit)
     return found
 
 

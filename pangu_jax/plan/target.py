@@ -26,24 +26,24 @@ class NoCompiler(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as its vendor describes it (configs/targets)."""
+    """One device, as its vendor describes it (configs/targets).
+
+    tflops_float32: of full precision; on a TPU, six bf16 products for one
+    """
 
     name: str
     platform: Literal["tpu", "cuda", "cpu"]
     memory_gib: float
     memory_gb_per_s: float
+    tflops_float32: float
     tflops_bf16: float
     tflops_int8: float
     link_gb_per_s: float
     description: str = ""
 
     def tflops(self, itemsize: int) -> float:
-        """Of products of numbers of so many bytes: float32 is made of three bf16 products on a TPU,
-        and half of bf16 at best elsewhere (own choice of a bound).
-        """
-        if itemsize == 1:
-            return self.tflops_int8
-        return self.tflops_bf16 if itemsize == 2 else self.tflops_bf16 / 3
+        """Of products of numbers of so many bytes."""
+        return {1: self.tflops_int8, 2: self.tflops_bf16, 4: self.tflops_float32}[itemsize]
 
 
 @dataclasses.dataclass(frozen=True)

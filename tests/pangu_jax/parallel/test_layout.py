@@ -104,10 +104,10 @@ def test_a_layout_is_static() -> None:
         ({"attention": AttentionRoles((), ())}, "every mesh axis once .*, not none"),
         (
             {"experts": ExpertRoles(("y",), ("x", "y"))},
-            "experts.expert and experts.ffn name an axis twice: y, x, y",
+            "experts.expert and experts.ffn: an axis is named twice: y, x, y",
         ),
-        ({"shared": FFNRoles(("x", "y", "x"))}, "shared.ffn name an axis twice: x, y, x"),
-        ({"vocab": ("y", "y")}, "vocab name an axis twice: y, y"),
+        ({"shared": FFNRoles(("x", "y", "x"))}, "shared.ffn: an axis is named twice: x, y, x"),
+        ({"vocab": ("y", "y")}, "vocab: an axis is named twice: y, y"),
         ({"experts": ExpertRoles(("z",), ())}, "experts.expert: unknown mesh axis 'z'"),
         (
             {"shared": FFNRoles(("y",))},

@@ -1,5 +1,6 @@
 """Advice: every change saves what it says, and the largest batch is the largest."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -30,7 +31,6 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
     """What each change saves, changes for the worse too."""
     now, replace = held(where, dtype, work), dataclasses.replace
     batch, context = -(-work.batch // 2), -(-work.context // 2)
-    twice = replace(where, mesh=replace(where.mesh, data=where.mesh.data * 2))
     found = {
         f"{batch:,} sequences instead of {work.batch:,}": held(
             where, dtype, replace(work, batch=batch)
@@ -38,8 +38,12 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
         f"{context:,} tokens instead of {work.context:,}": held(
             where, dtype, replace(work, context=context)
         ),
-        f"{2 * devices} devices (mesh.data = {twice.mesh.data})": held(twice, dtype, work),
     }
+    for axis in ("data", "x", "y"):
+        size = 2 * getattr(where.mesh, axis)
+        twice = replace(where, mesh=replace(where.mesh, **{axis: size}))
+        with contextlib.suppress(ConfigError):
+            found[f"{2 * devices} devices (mesh.{axis} = {size})"] = held(twice, dtype, work)
     if dtype == "float32" and work.phase != "train":
         found["bfloat16 instead of float32"] = held(where, "bfloat16", work)
     for name in FILES:
@@ -80,12 +84,15 @@ def test_a_smaller_dtype_is_no_advice_for_training() -> None:
 
 
 def test_nothing_is_advised_that_is_not_less() -> None:
-    """One sequence of one token has no half; and what saves nothing is left out."""
+    """One sequence of one token has no half; and what saves nothing is left out: more replicas."""
     one = layout.load("single")
     found = advice.changes(
         layouts.DENSE, one, "bfloat16", Work("decode", 1, 1), targets.load("v5e")
     )
-    assert [change.what for change in found] == []
+    assert {change.what for change in found} == {
+        "2 devices (mesh.x = 2)",
+        "2 devices (mesh.y = 2)",
+    }
 
 
 def test_layouts_that_the_model_does_not_fit_are_left_out() -> None:

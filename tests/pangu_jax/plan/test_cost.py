@@ -16,25 +16,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
 
 import pangu_jax
 from infer.plan import programs, report
 from pangu_jax import build
 from pangu_jax import model as models
-from pangu_jax.cache import Meta
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.errors import ConfigError
 from pangu_jax.model import Pangu
 from pangu_jax.parallel import layout
 from pangu_jax.parallel.layout import Layout
-from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.plan import cost, stablehlo
 from pangu_jax.plan import target as targets
 from pangu_jax.plan.cost import Cost, Work
 from pangu_jax.plan.hlo import Traffic
 from pangu_jax.plan.target import Chip
+from pangu_jax.pytree import unchecked
 from tests import layouts
+from train import objectives
 
 SINGLE = layout.load("single")
 EIGHT = targets.load("cpu:8")
@@ -326,20 +325,14 @@ def test_traffic_of_generation(name: str, where: str, kind: str, gather: str, la
         assert found == counted, work.phase
 
 
-def forward_pass(config: ModelConfig, where: Layout, work: Work) -> Any:
-    """That of a training step, from token ids to final states, with the head's weights."""
+def training(config: ModelConfig, where: Layout, work: Work) -> Any:
+    """The loss of a training step, lowered; every row is a sequence."""
     model = Pangu(config, "separate", jnp.float32, where, where.abstract_mesh())
-    rows, T = where.round_rows(work.batch), work.context
-
-    def local(model: Pangu, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden, _ = models.forward(model, tokens.reshape(-1), Meta.from_mask(mask))
-        return hidden, models.head(model)
-
-    states = PartitionSpec(where.stream or None)
-    head = PartitionSpec(where.of("vocab") + where.of("fsdp") or None)
-    run = on_mesh(model, local, (where.rows, where.rows), (states, head))
-    grid = lambda dtype: jax.ShapeDtypeStruct((rows, T), dtype)
-    traced = jax.jit(run).trace(model, grid(jnp.int32), grid(jnp.bool_))
+    size = (work.batch, work.context)
+    ids, weights = (jax.ShapeDtypeStruct(size, dtype) for dtype in (jnp.int32, jnp.float32))
+    names = ("tokens", "targets", "segments", "positions")
+    batch = unchecked(objectives.Batch, **dict.fromkeys(names, ids), weights=weights)
+    traced = jax.jit(objectives.loss).trace(model, batch)
     return traced.lower(lowering_platforms=("cpu",))
 
 
@@ -350,13 +343,21 @@ def forward_pass(config: ModelConfig, where: Layout, work: Work) -> Any:
         for case in [*GENERATION, ("tied", "fsdp", "flashcomm1", "exact")]
     ],
 )
-def test_traffic_of_a_training_steps_forward_pass(
-    name: str, where: str, kind: str, gather: str
-) -> None:
+def test_traffic_of_a_training_steps_loss(name: str, where: str, kind: str, gather: str) -> None:
     placed, config = layouts.named(where, kind, gather), model_of(name, 2)
-    program = forward_pass(config, placed, TRAIN)
+    program = training(config, placed, TRAIN)
     counted = stablehlo.traffic(program, dataclasses.asdict(placed.mesh))
     assert cost.of(config, placed, "float32", TRAIN).traffic == counted
+
+
+def test_a_loss_in_chunks_moves_what_a_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three all-reduces for each chunk; 24 tokens here, in chunks of at most five."""
+    assert cost.LOSS_ROWS == objectives.CHUNK
+    placed = layouts.named("tp8")
+    of = lambda: cost.of(layouts.DENSE, placed, "float32", TRAIN).traffic["all-reduce"]
+    assert of() == Traffic(3, 3 * 168)
+    monkeypatch.setattr(cost, "LOSS_ROWS", 5)
+    assert of() == Traffic(15, 15 * 35)
 
 
 def test_one_device_receives_nothing() -> None:
@@ -368,7 +369,7 @@ def test_one_device_receives_nothing() -> None:
 
 
 def test_seconds_of_every_unit() -> None:
-    chip = Chip("mine", "tpu", 8.0, 100.0, 6.0, 12.0, 10.0)
+    chip = Chip("mine", "tpu", 8.0, 100.0, 2.0, 6.0, 12.0, 10.0)
     moved = {"all-gather": Traffic(2, 3 * 10**10), "all-reduce": Traffic(1, 10**10)}
     found = Cost(0, 0, 0, 12e12, 5e11, moved)
     assert found.seconds(chip, 2) == {"compute": 2.0, "memory": 5.0, "network": 4.0}

@@ -182,6 +182,20 @@ def test_a_loop_counts_as_often_as_it_runs(line: str, others: str, times: int) -
     assert collectives(line, others=others) == {"all-reduce": Traffic(times, 384 * times)}
 
 
+def test_a_loops_condition_counts_too() -> None:
+    """Generation goes on until all devices agree to stop."""
+    agreed = f"%a = f32[] all-reduce(%i), {GROUPS}, to_apply=%add\n  ROOT %lt"
+    assert collectives(WHILE + KNOWN, others=LOOP.replace("ROOT %lt", agreed)) == {
+        "all-reduce": Traffic(10, 5 * (384 + 6))
+    }
+
+
+def test_a_group_of_all_devices() -> None:
+    line = "%g = f32[64]{0} all-gather(%p), replica_groups={}, dimensions={0}"
+    whole = text(line).replace("is_scheduled=true", "is_scheduled=true, num_partitions=8")
+    assert Program(whole).collectives() == {"all-gather": Traffic(1, 224)}
+
+
 def test_loops_within_loops_multiply() -> None:
     outer = LOOP.replace("%body", "%outer").replace("%condition", "%until")
     outer = outer.replace(f"%r = f32[64]{{0}} all-reduce(%x), {GROUPS}, to_apply=%add", WHILE)
@@ -189,7 +203,11 @@ def test_loops_within_loops_multiply() -> None:
     assert collectives(line + KNOWN, others=LOOP + outer) == {"all-reduce": Traffic(35, 384 * 35)}
 
 
-def test_both_branches_of_a_condition_count() -> None:
+@pytest.mark.parametrize(
+    "branches",
+    ["true_computation=%one, false_computation=%two", "branch_computations={%one, %two}"],
+)
+def test_both_branches_of_a_condition_count(branches: str) -> None:
     others = "".join(
         f"""
 %{name} (q: f32[64]) -> f32[64] {{
@@ -199,7 +217,6 @@ def test_both_branches_of_a_condition_count() -> None:
 """
         for name, op in (("one", "all-reduce"), ("two", "all-gather"))
     )
-    branches = "true_computation=%one, false_computation=%two"
     line = f"%c = f32[64]{{0}} conditional(%p, %p, %p), {branches}"
     assert collectives(line, others=others) == {
         "all-reduce": Traffic(1, 384),

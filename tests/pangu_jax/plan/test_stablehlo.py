@@ -72,6 +72,16 @@ def test_all_to_all() -> None:
     assert count(swap, grid(8, 5)) == {"all-to-all": Traffic(1, 3 * 40)}
 
 
+def test_a_permutation() -> None:
+    around = lambda x: lax.ppermute(x, "y", [(i, (i + 1) % 4) for i in range(4)])
+    assert count(around, grid(8, 5)) == {"collective-permute": Traffic(1, 160)}
+
+
+def test_a_function_counts_as_often_as_it_is_called() -> None:
+    add = jax.jit(lambda x: varying(lax.psum(x, "y"), "y"))
+    assert count(lambda x: x + add(2 * add(x)), grid(8, 5)) == {"all-reduce": Traffic(2, 480)}
+
+
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [("bfloat16", 2), ("float16", 2), ("int8", 1), ("int32", 4), ("bool", 1), ("uint8", 1)],

@@ -18,6 +18,7 @@ name = "mine"
 platform = "tpu"
 memory_gib = 8
 memory_gb_per_s = 100.0
+tflops_float32 = 2.0
 tflops_bf16 = 6.0
 tflops_int8 = 12.0
 link_gb_per_s = 10.0
@@ -51,7 +52,7 @@ def test_every_target_loads(name: str) -> None:
     assert (target.kind, target.shape, target.num_devices) == (name, (1,), 1)
     assert str(target) == f"{name}:1"
     chip = target.chip
-    assert chip.tflops_bf16 <= chip.tflops_int8
+    assert chip.tflops_float32 <= chip.tflops_bf16 <= chip.tflops_int8
     assert (chip.platform == "cuda") == ("cuda_compute_capability" in chip.description)
 
 
@@ -77,7 +78,7 @@ def test_a_file_with_a_size_and_without(mine: Path) -> None:
     one, four = targets.load(str(mine)), targets.load(f"{mine}:2x2")
     assert (one.num_devices, four.num_devices) == (1, 4)
     assert str(four) == "mine:2x2"
-    assert four.chip == Chip("mine", "tpu", 8.0, 100.0, 6.0, 12.0, 10.0)
+    assert four.chip == Chip("mine", "tpu", 8.0, 100.0, 2.0, 6.0, 12.0, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_an_unknown_platform(mine: Path) -> None:
 
 
 def test_flops_by_size_of_a_number() -> None:
-    chip = Chip("mine", "tpu", 8.0, 100.0, 6.0, 12.0, 10.0)
+    chip = Chip("mine", "tpu", 8.0, 100.0, 2.0, 6.0, 12.0, 10.0)
     assert [chip.tflops(size) for size in (1, 2, 4)] == [12.0, 6.0, 2.0]
 
 
