@@ -1,15 +1,24 @@
-"""The suite runs on eight virtual CPU devices, with strict promotion and warnings as errors."""
+"""The suite runs on eight virtual CPU devices, with strict promotion and warnings as errors.
+
+Programs are compiled without optimising: compiling is most of the time of the suite, and what XLA
+optimises is not what is tested. Nothing fails for being slow on a busy machine.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 HARDWARE = {"gpu": "gpu", "tpu": "tpu"}
 

@@ -2,9 +2,7 @@
 to repeat, a vocabulary and widths to pad.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -92,14 +90,6 @@ def named(name: str, kind: str = "flashcomm1", gather: str = "exact") -> Layout:
     else:
         found = layout.load(name).over(8)
     return dataclasses.replace(found, boundary=Boundary(**boundary))
-
-
-@contextlib.contextmanager
-def quick_compiles() -> Iterator[None]:
-    """Programs are compiled without optimising: that is most of the time of tests with layouts."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def lively(model: Pangu) -> dict[str, np.ndarray]:

@@ -29,6 +29,10 @@ COPIES = ("copy", "copy-done", "transpose")
 # XLA for TPU has no reduce-scatter of its own: a fused all-reduce of which each keeps its part.
 FUSED_SCATTER = re.compile(r"calls=%?all-reduce-scatter")
 
+# It also carries an asynchronous collective on inside of other work, in a loop's every turn, and
+# names it wherever it does: what counts is where it starts.
+CARRIED_ON = re.compile(r"calls=%?async_collective_fusion")
+
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _TYPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
@@ -136,7 +140,9 @@ class Program:
                 yield called.strip().lstrip("%"), 1
         elif instruction.op in ("call", "async-start") or (fused and instruction.op == "fusion"):
             called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)
-            if called and not FUSED_SCATTER.search(rest):
+            ends = instruction.name.startswith("async-collective-done")
+            known = ends or FUSED_SCATTER.search(rest) or CARRIED_ON.search(rest)
+            if called and not known:
                 yield called[1], 1
 
     def _trips(self, rest: str, condition: str) -> int:

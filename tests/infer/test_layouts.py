@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,6 @@ SAMPLINGS = [
     Sampling(max_new_tokens=9, ignore_eos=True, logit_bias={4: 1.0}, top_logprobs=1),
     Sampling(max_new_tokens=8, min_p=0.02, temperature=1.0, seed=1),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
 
 
 def model_of(name: str, form: Any, where: Any = None) -> Pangu:
@@ -180,6 +173,7 @@ def test_the_command_line_takes_a_layout(command) -> None:
     assert len(one[0]["token_ids"]) == 6
 
 
+@pytest.mark.slow
 def test_voted_experts_on_the_command_line(command) -> None:
     """The vote counts the tokens of all devices, and is lossy."""
     flags = ("--prompt-ids", "1,5,9,200,300,400,500,600", "--top-logprobs", "5")

@@ -23,12 +23,6 @@ SHAPES = [(1, 1, 1), (1, 4, 2), (5, 3, 4), (9, 5, 1), (8, 2, 3)]
 cases = st.tuples(st.sampled_from(SHAPES), st.integers(0, 999)).map(lambda c: (*c[0], c[1]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
-
-
 route = jax.jit(moge.route, static_argnames=("num_groups", "per_group"))
 route_topk = jax.jit(moge.route_topk, static_argnames="count")
 vote = jax.jit(moge.vote, static_argnames=("num_groups", "per_group", "voted"))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from train.step import Metrics, State
 # A low rate: Adam makes whole steps of gradients that are nothing but rounding (key biases have
 # some), and these differ.
 SECTION = OptimizerSection(learning_rate=2e-4, warmup_steps=0, weight_decay=0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
 
 
 def some_batch(rows: int, length: int, vocab: int) -> Batch:
@@ -280,14 +273,14 @@ def same_end(one: Path, two: Path) -> None:
         assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_layout_ends_the_same(whole: Path, spread: Path) -> None:
     same_end(spread, whole)
     assert 'layout = "h2p-8"' in (spread / "config.toml").read_text()
 
 
-@pytest.mark.parametrize(
-    "flags", [("--model.layout", "fsdp"), pytest.param((), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--model.layout", "fsdp"), ()], ids=str)
 def test_a_run_goes_on_under_another_layout(
     flags: tuple[str, ...], home: Path, whole: Path, spread: Path, tmp_path: Path, capsys
 ) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from infer import __main__ as door
 from infer.plan import command
-from tests import layouts
 
 ORACLE = Path(__file__).parent.parent.parent / "oracle"
 NANO = ("plan", "--model", "nano", "--context", "64")
@@ -350,21 +349,14 @@ def test_a_program_that_does_not_compile(capsys, monkeypatch: pytest.MonkeyPatch
     assert err.splitlines()[-1] == line
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Iterator[Any]:
-    """A function that plans for the CPU, with its compiler but little optimising."""
-    with layouts.quick_compiles():
-        yield as_json
-
-
-def test_a_compiled_plan_of_one_device(capsys, compiled: Any, tmp_path: Path) -> None:
+def test_a_compiled_plan_of_one_device(capsys, tmp_path: Path) -> None:
     file = tmp_path / "tiny.toml"
     file.write_text(
         "vocab_size = 64\nhidden_size = 16\nnum_layers = 1\nnum_heads = 2\nnum_kv_heads = 1\n"
         "head_dim = 8\nintermediate_size = 24\nrope_theta = 1e4\nmax_positions = 64\n"
     )
     argv = ("plan", "--model", str(file), "--target", "cpu", "--context", "32", "--batch", "4")
-    (plan,) = compiled(capsys, *argv, "--dtype", "float32", "--phase", "decode")
+    (plan,) = as_json(capsys, *argv, "--dtype", "float32", "--phase", "decode")
     made = plan["compiled"]
     assert plan["model"] == "tiny"
     assert made["compile_s"] > 0

@@ -1,7 +1,6 @@
 """Folders under layouts: read into the right places, the same numbers, written back bit for bit."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ RAWS: dict[str, dict[str, Any]] = {
     },
 }
 TOKENS = layouts.random_tokens(3, 5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
 
 
 Case = tuple[str, str, str]

@@ -7,7 +7,7 @@ device's result is compared. Numbers are small and whole, so sums are exact in a
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,12 +34,6 @@ D = 6
 EVERY = P(("data", "x", "y"))  # of arrays with an axis of devices in front
 KINDS = ("flashcomm1", "all_reduce")
 COUNTS = (16, 5, 1)  # tokens of a replica: shared evenly, unevenly, fewer than devices
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
 
 
 # --- eight devices in NumPy

@@ -7,7 +7,7 @@ layout repeats is one number, whose gradients add up). It takes the mask as data
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,6 @@ RAW = {
     "moe_intermediate_size": 11,
     "vocab_size": 97,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly() -> Iterator[None]:
-    with layouts.quick_compiles():
-        yield
 
 
 def program(like: Pangu) -> Callable[..., tuple[Any, Any]]:

@@ -136,6 +136,31 @@ def test_a_fused_all_reduce_scatter() -> None:
     assert collectives(line, others=fused) == {"reduce-scatter": Traffic(1, 192)}
 
 
+def test_a_collective_carried_on_in_other_work_counts_where_it_starts() -> None:
+    """XLA's for TPU, again: begun before a loop, carried on in its turns, done behind it."""
+    part = lambda name: (
+        f"""
+%{name} (q: f32[16]) -> f32[64] {{
+  %q = f32[16]{{0}} parameter(0)
+  ROOT %g = f32[64]{{0}} all-gather(%q), channel_id=3, {GROUPS}, dimensions={{0}}
+}}
+"""
+    )
+    turn = """%f = f32[64]{0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.2
+  ROOT %t"""
+    loop = LOOP.replace("ROOT %t", turn)
+    parts = "".join(map(part, ("fused.1", "async_collective_fusion.2", "fused.3")))
+    lines = (
+        "%async-collective-start.1 = f32[64]{0} fusion(%p), kind=kCustom, calls=%fused.1",
+        WHILE + KNOWN,
+        "%async-collective-done.1 = f32[64]{0} fusion(%w), kind=kCustom, calls=%fused.3",
+    )
+    assert collectives(*lines, others=parts + loop) == {
+        "all-gather": Traffic(1, 192),
+        "all-reduce": Traffic(5, 5 * 384),
+    }
+
+
 def test_what_a_fusion_or_a_call_runs_counts() -> None:
     inner = f"""
 %inner (q: f32[64]) -> f32[64] {{
