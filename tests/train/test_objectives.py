@@ -76,7 +76,7 @@ def test_the_loss_is_numpys_cross_entropy(name: str, examples: list[Example]) ->
                 nats -= np.log(p[example.ids[t + 1]] / p.sum())
                 count += 1
     rows = pack(examples, 64)
-    loss = objectives.loss(model, rows.batch(np.arange(len(rows))))
+    loss = jax.jit(objectives.loss)(model, rows.batch(np.arange(len(rows))))
     np.testing.assert_allclose(loss, nats / count, rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_chunks_change_nothing(
     hidden = jax.random.normal(jax.random.key(0), (40, model.config.hidden_size))
     targets = jnp.arange(40, dtype=jnp.int32) * 7
     weights = jnp.asarray(np.random.default_rng(0).random(40), jnp.float32)
-    of = jax.value_and_grad(objectives.cross_entropy, argnums=(0, 1))
+    of = lambda *args: jax.jit(jax.value_and_grad(objectives.cross_entropy, argnums=(0, 1)))(*args)
     monkeypatch.setattr(objectives, "CHUNK", 40)
     expected = of(model, hidden, targets, weights)
     monkeypatch.setattr(objectives, "CHUNK", chunk)
@@ -129,7 +129,7 @@ def test_nothing_to_learn_is_zero_and_has_zero_gradients() -> None:
         alone([Example(np.arange(3, 13, dtype=np.int32), np.ones(10, bool))]),
         weights=np.zeros((1, WIDTH), np.float32),
     )
-    value, grads = jax.value_and_grad(objectives.loss)(model, batch)
+    value, grads = jax.jit(jax.value_and_grad(objectives.loss))(model, batch)
     assert value == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
@@ -144,5 +144,6 @@ def test_long_rows_go_through_attention_in_blocks() -> None:
     ]
     rows = pack(several, 300)
     assert len(rows) == 1
-    packed = objectives.loss(model, rows.batch(np.array([0])))
-    np.testing.assert_allclose(packed, objectives.loss(model, alone(several, 100)), rtol=1e-5)
+    packed = jax.jit(objectives.loss)(model, rows.batch(np.array([0])))
+    unpacked = jax.jit(objectives.loss)(model, alone(several, 100))
+    np.testing.assert_allclose(packed, unpacked, rtol=1e-5)
