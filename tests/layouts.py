@@ -45,7 +45,7 @@ MODELS = {
     "topk": TOPK,
     "tied": dataclasses.replace(DENSE, tie_embeddings=True, attention_bias=False),
     "pairs": dataclasses.replace(MOGE, moge=MoGEConfig(16, 4, 11, 20, per_group=2)),
-    "voted": dataclasses.replace(MOGE, moge=MoGEConfig(16, 4, 11, 20, voted_experts=2)),
+    "voted": dataclasses.replace(MOGE, moge=MoGEConfig(16, 8, 11, 20, voted_experts=1)),
 }
 
 # Those of configs/layouts, and H2P within two servers of four devices.

@@ -207,14 +207,19 @@ class Share:
         logits = 4 * 4 * self.rows * self.config.vocab_size
         if self.work.phase != "train":
             return int(max(mlp, attention, logits))
-        stream = self.L * self.padded // self.shards * self.D * size
-        if self.where.of("fsdp"):  # a layer's weights and gradient in one piece, or the head's
-            head = self.D * self.V
-            stream += 2 * size * (head + self.attention_params() + self.held_mlp_params())
-        else:  # nothing is computed again
-            stream += int(self.L * (mlp + self.N * self.attention_params() // self.D * size))
         rows = min(LOSS_ROWS, self.head_rows())
-        return int(stream + max(mlp, attention, 2 * 4 * rows * self.V))
+        return int(self._kept(mlp, size) + max(mlp, attention, 2 * 4 * rows * self.V))
+
+    def _kept(self, mlp: float, size: int) -> float:
+        """What training keeps until the backward pass; with FSDP also what it has in one piece: a
+        layer and its gradient, the head and its own, which in several chunks is a sum of two.
+        """
+        stream = self.L * self.padded // self.shards * self.D * size
+        if not self.where.of("fsdp"):  # nothing is computed again
+            return stream + self.L * (mlp + self.N * self.attention_params() // self.D * size)
+        heads = 3 if self.head_rows() > LOSS_ROWS else 2
+        layer = self.attention_params() + self.held_mlp_params()
+        return stream + size * (heads * self.D * self.V + 2 * layer)
 
     def layer_traffic(self, size: int) -> dict[str, Traffic]:
         """What a device receives in the forward pass of one layer, without FSDP's weights:

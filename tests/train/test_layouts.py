@@ -79,7 +79,10 @@ def one() -> Trained:
     params=[
         "h2p-8",
         "fsdp",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("tp8", "ep8", "fsdp-h2p-4x2")),
+        *(
+            pytest.param(w, marks=pytest.mark.slow)
+            for w in ("ep8", "fsdp-h2p-4x2", "two axes of heads")
+        ),
     ],
 )
 def many(request: pytest.FixtureRequest) -> Trained:

@@ -62,7 +62,7 @@ def single(name: str, layers: int, form: str) -> Callable[..., tuple[Any, Any]]:
 def masks(shape: tuple[int, int]) -> list[np.ndarray]:
     """No padding; and, where there is room, padding to the left, to the right and in between."""
     full = np.ones(shape, bool)
-    if shape[0] < 3:
+    if shape[0] < 3 or shape[1] < 5:
         return [full]
     ragged = full.copy()
     ragged[0, :2] = ragged[1, -3:] = ragged[2, [1, 3]] = False
