@@ -219,7 +219,7 @@ class Share:
             return stream + self.L * (mlp + self.N * self.attention_params() // self.D * size)
         heads = 3 if self.head_rows() > LOSS_ROWS else 2
         layer = self.attention_params() + self.held_mlp_params()
-        return stream + size * (heads * self.D * self.V + 2 * layer)
+        return float(stream + size * (heads * self.D * self.V + 2 * layer))
 
     def layer_traffic(self, size: int) -> dict[str, Traffic]:
         """What a device receives in the forward pass of one layer, without FSDP's weights:

@@ -71,11 +71,7 @@ def same(got: list[Completion], one: list[Completion]) -> None:
             np.testing.assert_allclose(list(these.values()), list(those.values()), atol=1e-4)
 
 
-FAST = {
-    ("dense", "tp8", "flashcomm1", "separate"),
-    ("moge", "ep8", "flashcomm1", "stacked"),
-    ("moge", "h2p-8", "flashcomm1", "stacked"),
-}
+FAST = {("dense", "tp8", "flashcomm1", "separate"), ("moge", "h2p-8", "flashcomm1", "stacked")}
 
 
 def cases() -> list[Any]:

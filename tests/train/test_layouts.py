@@ -152,8 +152,8 @@ def test_a_checkpoint_of_one_layout_is_restored_under_another(one: Trained, tmp_
 @pytest.mark.parametrize(
     ("name", "where", "kind"),
     [
-        ("moge", "h2p-8", "flashcomm1"),
         ("dense", "two axes of heads", "flashcomm1"),
+        pytest.param("moge", "h2p-8", "flashcomm1", marks=pytest.mark.slow),
         pytest.param("moge", "h2p-8", "all_reduce", marks=pytest.mark.slow),
         pytest.param("moge", "fsdp-h2p-4x2", "all_reduce", marks=pytest.mark.slow),
         pytest.param("moge", "ep8", "flashcomm1", marks=pytest.mark.slow),

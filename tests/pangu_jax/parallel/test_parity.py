@@ -103,7 +103,6 @@ def some(always: set[tuple[str, ...]]) -> list[Any]:
 FAST = {
     ("dense", "tp8", "flashcomm1"),
     ("dense", "fsdp-h2p-4x2", "flashcomm1"),
-    ("moge", "tp8", "all_reduce"),
     ("moge", "ep8", "flashcomm1"),
     ("moge", "h2p-8", "flashcomm1"),
     ("moge", "h2p-8", "all_reduce"),
