@@ -7,6 +7,7 @@ say so (generation's) counts once: its numbers are those of one step.
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -169,11 +170,20 @@ class Program:
             return listed[1].count(",") + 1
         if counted := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]", rest):
             return int(counted[1])
+        if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+            return _ranks_of_axes(*named.groups())
         if "replica_groups={}" in rest:
             return self.devices
         called = re.search(r"calls=%?([\w.\-]+)", rest)
         inner = self.computations.get(called[1], []) if called else []
         return next((self._ranks(i, owner) for i in inner if i.op in KINDS), 1)
+
+
+def _ranks_of_axes(mesh: str, axes: str) -> int:
+    """Of groups as newer XLA writes them: the axes of a mesh, or parts of axes such as 'y':(1)2."""
+    of_mesh = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
+    return math.prod(int(part or of_mesh[name]) for name, part in parts)
 
 
 def received(kind: str, size: int, ranks: int) -> int:

@@ -215,6 +215,16 @@ def test_a_loops_condition_counts_too() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("axes", "received"), [("'y'", 192), ("'x','y'", 224), ("'x'", 128), ("'x','y':(1)2", 192)]
+)
+def test_groups_by_axes_of_a_mesh(axes: str, received: int) -> None:
+    """As XLA writes them since JAX 0.12."""
+    groups = f"replica_groups=mesh['x'=2,'y'=4] {{{axes}}}"
+    line = f"%g = f32[64]{{0}} all-gather(%p), channel_id=1, {groups}, dimensions={{0}}"
+    assert collectives(line) == {"all-gather": Traffic(1, received)}
+
+
 def test_a_group_of_all_devices() -> None:
     line = "%g = f32[64]{0} all-gather(%p), replica_groups={}, dimensions={0}"
     whole = text(line).replace("is_scheduled=true", "is_scheduled=true, num_partitions=8")
