@@ -20,7 +20,7 @@ test: $(READY)  ## the test suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow" $(SIDE) $(TYPES) $(ARGS)
 
 test-slow: $(READY)  ## the slow tests: gigabytes of weights, minutes of CPU
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(SIDE) $(ARGS)
 
 check: $(READY)  ## lint, formatting, types, and the layering of the packages
 	$(BIN)/ruff check .

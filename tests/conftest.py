@@ -5,6 +5,7 @@ optimises is not what is tested. Nothing fails for being slow on a busy machine.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -19,6 +20,15 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """A compiled program keeps several memory maps, of which Linux grants a process 65,530: without
+    this a run of many modules ends in a segmentation fault of XLA.
+    """
+    yield
+    jax.clear_caches()
+
 
 HARDWARE = {"gpu": "gpu", "tpu": "tpu"}
 
