@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -57,7 +58,16 @@ def test_senseless_runs_are_refused(capsys, argv: list[str]) -> None:
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs as users get them; the suite's others are compiled quickly instead."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_speed_of_the_1b_shape(dtype: str) -> None:
     """Far below what docs/benchmarks.md records: this fails on a mistake, not on a busy machine."""

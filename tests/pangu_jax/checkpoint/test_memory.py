@@ -31,7 +31,7 @@ def watch():
     while not stop.is_set():
         peak = max(peak, anonymous())
         time.sleep(0.002)
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 model = jax.block_until_ready(pangu_jax.load(sys.argv[1], sys.argv[2], form=sys.argv[3]))
 stop.set()
