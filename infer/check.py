@@ -56,7 +56,8 @@ def inspect(folder: Path, skip_run: bool = False) -> Iterator[Finding]:
             yield Finding(True, stage, _describe_tokenizer(tokenizer, config))
         stage = "tensors"
         tensors = Folder(folder)
-        parts = hf.check_tensors(config, tensors)
+        said = hf.read_description(folder, raw, config)
+        parts = hf.check_tensors(config, tensors, said)
         yield Finding(True, stage, _count(tensors, parts))
         exact = f"{config.num_parameters:,}, {config.num_active_parameters:,} active per token"
         yield Finding(True, "parameters", exact)

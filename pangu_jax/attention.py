@@ -13,6 +13,8 @@ from pangu_jax import rope
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import linear
+from pangu_jax.quant import cached
+from pangu_jax.quant.cached import Rows
 
 # Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts
 # (own choice).
@@ -27,7 +29,7 @@ class Attention(nnx.Module):
 
     qkv [K, Q/K + 2, H, D] holds, for every kv head, its query heads, then its key, then its value:
     a slice of the first axis is a whole piece of work, so splitting heads over devices is splitting
-    that axis.
+    that axis. cache_scale [K, 2, H] are the scales of an int8 cache, where they were calibrated.
     """
 
     def __init__(self, config: ModelConfig, param: Any):
@@ -37,6 +39,7 @@ class Attention(nnx.Module):
         self.qkv_bias = param(K, fused, H, heads=0) if config.attention_bias else None
         self.out = param(D, config.num_heads * H, heads=1, fsdp=0)
         self.out_bias = param(D) if config.attention_bias else None
+        self.cache_scale: nnx.Param | None = None
 
     def __call__(
         self, x: Float[Array, "N D"], angles: rope.Table, meta: Meta, cache: LayerCache | None
@@ -58,8 +61,9 @@ class Attention(nnx.Module):
         elif meta.segments is not None:
             raise ValueError("packed examples and a cache do not go together")
         else:
-            cache = cache.write(keys, values, meta)
-            keys, values = cache.read()
+            scales = None if self.cache_scale is None else self.cache_scale[...]
+            cache = cache.write(keys, values, meta, scales)
+            keys, values = cache.read(scales)
             key_positions = jnp.broadcast_to(jnp.arange(keys.shape[2]), (B, keys.shape[2]))
         queries = queries.reshape(B, T, K, fused - 2, H)
         mixed = attend(queries, keys, values, meta.positions, key_positions, meta.segments)
@@ -68,8 +72,8 @@ class Attention(nnx.Module):
 
 def attend(
     queries: Float[Array, "B T K g H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "B K S H"] | Rows,
+    values: Float[Array, "B K S H"] | Rows,
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
     segments: Int[Array, "B S"] | None = None,
@@ -110,17 +114,22 @@ def _cut(x: Array, blocks: int) -> Array:
 
 def _attend_block(
     queries: Array,
-    keys: Array,
-    values: Array,
+    keys: Array | Rows,
+    values: Array | Rows,
     query_positions: Array,
     key_positions: Array,
     segments: tuple[Array, Array] | None,
 ) -> Array:
     """segments: of the queries and of the keys"""
-    scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    if isinstance(keys, Rows):
+        scores = cached.scores(queries, keys)
+    else:
+        scores = jnp.einsum("btkgh,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
     visible = key_positions[:, None, :] <= query_positions[:, :, None]  # [B, T, S]
     if segments is not None:
         visible &= segments[0][:, :, None] == segments[1][:, None, :]
     scores = jnp.where(visible[:, None, None], scores * queries.shape[-1] ** -0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, values)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if isinstance(values, Rows):
+        return cached.mix(weights, values, queries.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)

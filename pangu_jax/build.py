@@ -24,6 +24,10 @@ from pangu_jax.model import Form, Pangu
 from pangu_jax.origin import Origin
 from pangu_jax.parallel import fit, layout
 from pangu_jax.parallel.layout import Layout
+from pangu_jax.quant import leaves, weight
+from pangu_jax.quant import scheme as schemes
+from pangu_jax.quant.scheme import FLOAT, CacheNumbers, Recipe
+from pangu_jax.quant.weight import Weight
 
 
 def default_form(mesh: Mesh) -> Form:
@@ -38,11 +42,13 @@ def abstract(
     where: Layout | str | None = None,
     form: Form | None = None,
     origin: Origin = Origin(),
+    recipe: Recipe = FLOAT,
     devices: Sequence[Any] | None = None,
 ) -> Pangu:
     """The model as shapes, dtypes and places, no data: what loading, initialising and planning fill
     or read.
 
+    recipe: what is held in fewer bits
     devices: those of the mesh, by default the first ones JAX sees
     Raises ConfigError, also where the model does not fit the layout.
     """
@@ -51,7 +57,7 @@ def abstract(
     placed = layout.load(where).over(len(devices))
     kind = jnp.dtype(config.dtype if dtype is None else dtype)
     mesh = placed.make_mesh(devices)
-    return Pangu(config, form or default_form(mesh), kind, placed, mesh, origin)
+    return Pangu(config, form or default_form(mesh), kind, placed, mesh, origin, recipe)
 
 
 def check_choices(form: Any, dtype: Any) -> None:
@@ -70,14 +76,18 @@ def check_choices(form: Any, dtype: Any) -> None:
 def own_shapes(model: Pangu) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf without what its layout adds (see `parallel.fit`), by name."""
     one = layout.load(None)
-    bare = Pangu(model.config, model.form, model.dtype, one, one.abstract_mesh())
+    mesh, recipe = one.abstract_mesh(), model.recipe
+    bare = Pangu(model.config, model.form, model.dtype, one, mesh, recipe=recipe)
     return {name: leaf.shape for name, leaf in named_leaves(bare)}
 
 
 def named_leaves(model: Pangu) -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted name, such as `blocks.0.attention.qkv`, in tree order."""
+    """Every leaf with its dotted name, such as `blocks.0.attention.qkv`, in tree order; of a
+    quantised leaf its parts, such as `blocks.0.attention.qkv.scale`.
+    """
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf
+        keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+        yield ".".join(key for key in keys if key != "value"), leaf
 
 
 def fill(model: Pangu, leaf: Callable[[str, Any], Array]) -> Pangu:
@@ -127,8 +137,69 @@ def with_voting(model: Pangu, voted_experts: int | None) -> Pangu:
         raise ConfigError("voted_experts: the model has no experts")
     moge = dataclasses.replace(model.config.moge, voted_experts=voted_experts)
     config = dataclasses.replace(model.config, moge=moge)
-    like = Pangu(config, model.form, model.dtype, model.layout, model.mesh, model.origin)
+    return _restructured(model, config, model.recipe)
+
+
+def _restructured(model: Pangu, config: ModelConfig, recipe: Recipe) -> Pangu:
+    """The same leaves under another config or recipe."""
+    where, mesh, origin = model.layout, model.mesh, model.origin
+    like = Pangu(config, model.form, model.dtype, where, mesh, origin, recipe)
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
+
+
+def with_cache(model: Pangu, numbers: CacheNumbers | None) -> Pangu:
+    """The same weights with another kind of KV cache: "int8", or None for the activations' dtype.
+
+    Raises ConfigError, also for a model whose cache has calibrated scales.
+    """
+    if model.recipe.cache_scales and numbers is None:
+        raise ConfigError("the model was calibrated for an int8 cache")
+    recipe = dataclasses.replace(model.recipe, cache=numbers)
+    return _restructured(model, model.config, recipe)
+
+
+def quantize(model: Pangu, recipe: Recipe | str) -> Pangu:
+    """A model with the matrices of `recipe` rounded to nearest: a recipe, or the name of one (w8a8,
+    w8a16, w4a16, fp8).
+
+    Leaf by leaf; what stays float is shared with `model`. The result is frozen in training.
+    Raises ConfigError for a recipe that does not fit, or a model that is quantised already.
+    """
+    if isinstance(recipe, str):
+        recipe = schemes.named(recipe, model.config, model.recipe.cache)
+    if model.recipe.runs:
+        raise ConfigError("the model is quantised already: its float weights are gone")
+    where, mesh, origin = model.layout, model.mesh, model.origin
+    like = Pangu(model.config, model.form, model.dtype, where, mesh, origin, recipe)
+    of_layer, whole = _slices(model), dict(named_leaves(model))
+
+    def floats(name: str) -> Array:
+        names = layer_names(like, name)
+        if names is None or whole.get(name, np.zeros(0)).shape[0] == len(names):
+            return whole[name]
+        return jnp.stack([of_layer[own]() for own in names])
+
+    return fill(like, _rounded(like, floats))
+
+
+def _rounded(like: Pangu, floats: Callable[[str], Array]) -> Callable[[str, Any], Array]:
+    """What `fill` wants of a quantised model: leaves by name from those of a float one."""
+    last: dict[str, Weight] = {}  # the parts of a leaf follow each other
+
+    def leaf(name: str, held: Any) -> Array:
+        own, part = leaves.split(name)
+        if part is None:
+            return floats(name)
+        if own not in last:
+            last.clear()
+            scheme = like.recipe.scheme((layer_names(like, own) or [own])[0])
+            last[own] = _quantize(floats(own), scheme)
+        return jax.device_put(fit.hold(name, getattr(last[own], part), held.shape), held.format)
+
+    return leaf
+
+
+_quantize = jax.jit(weight.quantize, static_argnums=1)
 
 
 def layer_names(model: Pangu, name: str) -> list[str] | None:
@@ -150,18 +221,27 @@ def convert(model: Pangu, form: Form) -> Pangu:
     check_choices(form, None)
     if form == model.form:
         return model
-    slices: dict[str, Callable[[], Array]] = {}
-    for name, held in named_leaves(model):
-        for i, own in enumerate(layer_names(model, name) or []):
-            slices[own] = lambda held=held, i=i: held[i]
-        slices.setdefault(name, lambda held=held: held)
-    target = Pangu(model.config, form, model.dtype, model.layout, model.mesh, model.origin)
+    slices = _slices(model)
+    where, mesh, origin = model.layout, model.mesh, model.origin
+    target = Pangu(model.config, form, model.dtype, where, mesh, origin, model.recipe)
 
     def leaf(name: str, like: Any) -> Array:
         names = layer_names(target, name)
         return slices[name]() if names is None else jnp.stack([slices[own]() for own in names])
 
     return fill(target, leaf)
+
+
+def _slices(model: Pangu) -> dict[str, Callable[[], Array]]:
+    """Every leaf by its name in separate form, cut out of its stack when it is called."""
+    found: dict[str, Callable[[], Array]] = {}
+    for name, held in named_leaves(model):
+        names = layer_names(model, name)
+        for i, own in enumerate(names or [name]):
+            found[own] = (
+                (lambda held=held: held) if names is None else lambda held=held, i=i: held[i]
+            )
+    return found
 
 
 def init(
@@ -171,34 +251,38 @@ def init(
     dtype: DTypeLike | None = None,
     where: Layout | str | None = None,
     form: Form | None = None,
+    recipe: Recipe | str = FLOAT,
 ) -> Pangu:
     """A randomly initialised model: matrices normal with `init_range`, norms and router_scale 1,
     biases 0.
 
     Both forms hold the same numbers, and so does every layout: the key of a layer's leaf is folded
-    from its name.
+    from its name. With a recipe (or the name of one) each leaf is rounded as soon as it is drawn.
     """
-    model = abstract(config, dtype=dtype, where=where, form=form)
-    shapes = own_shapes(model)
+    if isinstance(recipe, str):
+        recipe = schemes.named(recipe, config)
+    model = abstract(config, dtype=dtype, where=where, form=form, recipe=recipe)
+    one = layout.load(None)
+    shapes = own_shapes(Pangu(config, "separate", model.dtype, one, one.abstract_mesh()))
 
-    def draw(name: str, like: Any) -> Array:
+    def draw(name: str) -> Array:
+        shape = shapes[name]
         if name.endswith(("norm.weight", "router_scale")):
-            return jnp.ones(like.shape, like.dtype)
+            return jnp.ones(shape, model.dtype)
         if name.endswith("bias"):
-            return jnp.zeros(like.shape, like.dtype)
+            return jnp.zeros(shape, model.dtype)
         own = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        return _normal(own, np.float32(config.init_range), like.shape, like.dtype)
+        return _normal(own, np.float32(config.init_range), shape, model.dtype)
 
-    def leaf(name: str, like: Any) -> Array:
-        names, shape = layer_names(model, name), shapes[name]
-        if names is None:
-            drawn = draw(name, jax.ShapeDtypeStruct(shape, like.dtype))
-        else:
-            one = jax.ShapeDtypeStruct(shape[1:], like.dtype)
-            drawn = jnp.stack([draw(own, one) for own in names])
-        return jax.device_put(fit.hold(name, drawn, like.shape), like.format)
+    def floats(name: str) -> Array:
+        names = layer_names(model, name)
+        return draw(name) if names is None else jnp.stack([draw(own) for own in names])
 
-    return fill(model, leaf)
+    own = _rounded(model, floats)
+    put = lambda name, held: jax.device_put(
+        fit.hold(name, own(name, held), held.shape), held.format
+    )
+    return fill(model, put)
 
 
 @jax.jit(static_argnames=("shape", "dtype"))

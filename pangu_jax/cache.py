@@ -3,10 +3,11 @@
 A sequence's token at position p lies in slot p: padding is never stored, so left-padded, right-
 padded and incremental calls leave the same cache behind. A cache has one pair of arrays per run of
 layers of the model, `[L, B, K, S, H]` for stacked layers and `[B, K, S, H]` for a separate one;
-both are updated in place when donated.
+both are updated in place when donated. An int8 cache has `quant.cached.Rows` in their place.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.config import ModelConfig
 from pangu_jax.parallel.layout import Layout
-from pangu_jax.pytree import pytree
+from pangu_jax.pytree import pytree, unchecked
+from pangu_jax.quant import cached
+from pangu_jax.quant.cached import Rows
+from pangu_jax.quant.scheme import Recipe
 
 
 @pytree
@@ -48,8 +52,8 @@ class Meta:
 class Cache:
     """Keys and values of every run of layers, and how many slots of each sequence are filled."""
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: tuple[Array | Rows, ...]
+    values: tuple[Array | Rows, ...]
     length: Int[Array, " B"]
 
     @property
@@ -64,8 +68,8 @@ class LayerCache:
     layer.
     """
 
-    keys: Array
-    values: Array
+    keys: Array | Rows
+    values: Array | Rows
     layer: Int[Array, ""] | None
 
     def write(
@@ -73,22 +77,43 @@ class LayerCache:
         keys: Float[Array, "B K T H"],
         values: Float[Array, "B K T H"],
         meta: Meta,
+        scales: Float[Array, "K 2 H"] | None = None,
     ) -> "LayerCache":
-        """The cache with the valid tokens in the slots of their positions."""
-        slots = jnp.where(meta.valid, meta.positions, self.keys.shape[-2])  # past the end: dropped
-        put = lambda buffer, new: _put(buffer, new, slots, self.layer)
-        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+        """The cache with the valid tokens in the slots of their positions.
 
-    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """This layer's keys and values."""
-        if self.layer is None:
-            return self.keys, self.values
-        take = lambda buffer: lax.dynamic_index_in_dim(buffer, self.layer, keepdims=False)
-        return take(self.keys), take(self.values)
+        scales: fixed ones of an int8 cache, of each head's keys and values
+        """
+        slots = jnp.where(meta.valid, meta.positions, self.keys.shape[-2])  # past the end: dropped
+
+        def put(buffer: Array | Rows, new: Array, which: int) -> Array | Rows:
+            if isinstance(buffer, Rows):
+                own = cached.to_rows(new, None if scales is None else scales[:, which])
+                added: Array | Rows = cached.with_channels(own, None)
+            else:
+                added = new
+            return jax.tree.map(lambda old, new: _put(old, new, slots, self.layer), buffer, added)
+
+        written = dict(keys=put(self.keys, keys, 0), values=put(self.values, values, 1))
+        return dataclasses.replace(self, **written)
+
+    def read(
+        self, scales: Float[Array, "K 2 H"] | None = None
+    ) -> tuple[Float[Array, "B K S H"] | Rows, Float[Array, "B K S H"] | Rows]:
+        """This layer's keys and values; `scales` as they were written with."""
+
+        def take(buffer: Array | Rows, which: int) -> Array | Rows:
+            if self.layer is not None:
+                of_layer = lambda x: lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+                buffer = jax.tree.map(of_layer, buffer)
+            if isinstance(buffer, Rows) and scales is not None:
+                return cached.with_channels(buffer, scales[:, which])
+            return buffer
+
+        return take(self.keys, 0), take(self.values, 1)
 
 
 def _put(buffer: Array, new: Array, slots: Array, layer: Array | None) -> Array:
-    B, K, _, _ = new.shape
+    B, K = new.shape[:2]
     index = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], slots[:, None, :])
     if layer is not None:
         index = (layer, *index)
@@ -96,16 +121,28 @@ def _put(buffer: Array, new: Array, slots: Array, layer: Array | None) -> Array:
 
 
 def empty(
-    config: ModelConfig, runs: tuple[int | None, ...], batch: int, capacity: int, dtype: DTypeLike
+    config: ModelConfig,
+    runs: tuple[int | None, ...],
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    recipe: Recipe,
 ) -> Cache:
     """An empty cache of `capacity` slots for each of `batch` sequences.
 
     runs: the length of every run of stacked layers, None for a separate layer (`Pangu.runs`)
+    dtype: of its numbers, unless the recipe says int8
     """
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    buffers = lambda: tuple(
-        jnp.zeros(shape if run is None else (run, *shape), dtype) for run in runs
-    )
+
+    def buffer(run: int | None) -> Array | Rows:
+        own = shape if run is None else (run, *shape)
+        if recipe.cache is None:
+            return jnp.zeros(own, dtype)
+        scale = None if recipe.cache_scales else jnp.zeros(own[:-1], jnp.float32)
+        return Rows(jnp.zeros(own, jnp.int8), scale)
+
+    buffers = lambda: tuple(map(buffer, runs))
     return Cache(buffers(), buffers(), jnp.zeros(batch, jnp.int32))
 
 
@@ -114,24 +151,33 @@ def specs(cache: Cache, where: Layout) -> Any:
     attention, heads within one.
     """
     batch, heads = where.of("batch") or None, where.of("heads") or None
-    of_buffer = lambda ndim: PartitionSpec(*[None] * (ndim - 4), batch, heads)
-    return jax.tree.map(
-        lambda leaf: PartitionSpec(batch) if leaf.ndim == 1 else of_buffer(leaf.ndim), cache
+    place = lambda leaf, before: PartitionSpec(*[None] * before, batch, heads)
+    return unchecked(
+        Cache,
+        keys=_each(cache.keys, place),
+        values=_each(cache.values, place),
+        length=PartitionSpec(batch),
     )
 
 
 def grow(cache: Cache, capacity: int) -> Cache:
     """The same cache with room for `capacity` slots."""
 
-    def pad(buffer: Array) -> Array:
-        width = [(0, 0)] * buffer.ndim
-        width[-2] = (0, capacity - buffer.shape[-2])
-        return jnp.pad(buffer, width)
+    def pad(leaf: Array, before: int) -> Array:
+        width = [(0, 0)] * leaf.ndim
+        width[before + 2] = (0, capacity - leaf.shape[before + 2])
+        return jnp.pad(leaf, width)
 
-    return Cache(tuple(map(pad, cache.keys)), tuple(map(pad, cache.values)), cache.length)
+    return Cache(_each(cache.keys, pad), _each(cache.values, pad), cache.length)
 
 
 def take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
     """A cache of R sequences: the given rows, in that order, as often as they are named."""
-    take = lambda buffer: jnp.take(buffer, rows, axis=buffer.ndim - 4)
-    return Cache(tuple(map(take, cache.keys)), tuple(map(take, cache.values)), cache.length[rows])
+    take = lambda leaf, before: jnp.take(leaf, rows, axis=before)
+    return Cache(_each(cache.keys, take), _each(cache.values, take), cache.length[rows])
+
+
+def _each(buffers: tuple[Array | Rows, ...], change: Callable[[Array, int], Any]) -> Any:
+    """`change(leaf, axes before the batch)` of every array [.., B, K, S, ..] of the buffers."""
+    of_one = lambda buffer: jax.tree.map(lambda leaf: change(leaf, buffer.ndim - 4), buffer)
+    return tuple(map(of_one, buffers))

@@ -8,21 +8,27 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pangu_jax.quant import product
+from pangu_jax.quant.weight import Weight
+
 # From JAX 0.11 XLA on CPU multiplies bf16 as it is when there are two rows or more; a single row,
 # and any bf16 product before, is done on a float32 copy of the whole weight.
 NATIVE_CPU_BF16 = jax.__version_info__ >= (0, 11)
 
 
 def linear(
-    x: Float[Array, "N D"], weight: Float[Array, "*out D"], dtype: DTypeLike | None = None
+    x: Float[Array, "N D"], weight: Float[Array, "*out D"] | Weight, dtype: DTypeLike | None = None
 ) -> Float[Array, "N *out"]:
-    """x @ weight^T over the last axis of a weight with any number of output axes.
+    """x @ weight^T over the last axis of a weight, float or quantised, with any number of output
+    axes.
 
     The product is always of two matrices: given more output axes, XLA on CPU first transposes the
     whole weight (measured: 2 to 8 GB/s of weights where this form reads 40).
 
     dtype: of the result, when it is not that of the factors; sums are float32 in any case
     """
+    if isinstance(weight, Weight):
+        return product.linear(x, weight, dtype)
     flat = weight.reshape(-1, weight.shape[-1])
     if NATIVE_CPU_BF16 and x.shape[0] == 1 and x.dtype == jnp.bfloat16:
         two_rows = lambda x, w: _product(jnp.concatenate([x, x]), w, dtype)[:1]

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pangu_jax.linear import linear
+from pangu_jax.quant.weight import Weight
 
 
 class MLP(nnx.Module):
@@ -24,7 +25,9 @@ class MLP(nnx.Module):
 
 
 def swiglu(
-    x: Float[Array, "N D"], gate_up: Float[Array, "2 F D"], down: Float[Array, "D F"]
+    x: Float[Array, "N D"],
+    gate_up: Float[Array, "2 F D"] | Weight,
+    down: Float[Array, "D F"] | Weight,
 ) -> Float[Array, "N D"]:
     """down(silu(gate(x)) * up(x))."""
     y = linear(x, gate_up)

@@ -47,6 +47,8 @@ from pangu_jax.origin import Origin
 from pangu_jax.parallel import boundary, fit
 from pangu_jax.parallel.layout import Layout, Role
 from pangu_jax.parallel.on_mesh import on_mesh, pad_rows
+from pangu_jax.quant import leaves
+from pangu_jax.quant.scheme import FLOAT, Recipe
 
 Form = Literal["separate", "stacked"]
 Tap = Callable[[Array, Routing | None], Any]
@@ -105,17 +107,25 @@ class Pangu(nnx.Module):
         where: Layout,
         mesh: Mesh | AbstractMesh,
         origin: Origin = Origin(),
+        recipe: Recipe = FLOAT,
     ):
         self.config, self.layout, self.mesh, self.origin = config, where, mesh, origin
+        self.recipe = recipe
         self.form: Form = form
         held, L = fit.held(config, where), config.num_layers
-        one, run = _maker(dtype, where, mesh), _maker(dtype, where, mesh, L)
+        one = _maker(dtype, where, mesh)
         vocab = lambda: one(held.vocab_size, held.hidden_size, vocab=0, fsdp=1)
         self.embed = vocab()
-        if form == "stacked":
-            self.blocks = nnx.List([Block(held, run)])
-        else:
-            self.blocks = nnx.List([Block(held, one) for _ in range(L)])
+        layers = [(None, schemes) for schemes in recipe.layers(L)]
+        runs = (recipe.runs or ((L, ()),)) if form == "stacked" else layers
+        self.blocks = nnx.List([])
+        for length, schemes in runs:
+            block = Block(held, one if length is None else _maker(dtype, where, mesh, length))
+            lead, experts = int(length is not None), config.moge is not None
+            leaves.hold(block, schemes, lead=lead, experts=experts)
+            if recipe.cache_scales:
+                leaves.hold_cache_scale(block, lead=lead)
+            self.blocks.append(block)
         self.norm = RMSNorm(held.hidden_size, held.norm_eps, one)
         self.head = None if config.tie_embeddings else vocab()
 
@@ -139,7 +149,7 @@ class Pangu(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of weights and activations."""
+        """The dtype of activations, and of the weights that are not quantised."""
         return self.embed.dtype
 
     @property
@@ -152,13 +162,13 @@ class Pangu(nnx.Module):
     @property
     def specs(self) -> Any:
         """How the mesh splits every leaf: a tree like the model with PartitionSpecs."""
-        specs = _specs(self.config, self.form, self.layout, self.mesh)
+        specs = _specs(self.config, self.form, self.layout, self.mesh, self.recipe)
         return jax.tree.unflatten(jax.tree.structure(self), jax.tree.leaves(specs))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A KV cache for this model with `capacity` slots per sequence, on its devices."""
         held = fit.held(self.config, self.layout)
-        blank = caches.empty(held, self.runs, batch, capacity, self.dtype)
+        blank = caches.empty(held, self.runs, batch, capacity, self.dtype, self.recipe)
         place = lambda leaf, spec: lax.with_sharding_constraint(
             leaf, NamedSharding(self.mesh, spec)
         )
@@ -294,8 +304,10 @@ def head(model: Pangu) -> Float[Array, "part D"]:
 
 
 @functools.lru_cache(maxsize=64)
-def _specs(config: ModelConfig, form: Form, where: Layout, mesh: Mesh | AbstractMesh) -> Any:
-    abstract = Pangu(config, form, jnp.float32, where, mesh)
+def _specs(
+    config: ModelConfig, form: Form, where: Layout, mesh: Mesh | AbstractMesh, recipe: Recipe
+) -> Any:
+    abstract = Pangu(config, form, jnp.float32, where, mesh, recipe=recipe)
     return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
 
 

@@ -25,7 +25,8 @@ from pangu_jax.linear import exact_if_float32, linear
 from pangu_jax.mlp import MLP, swiglu
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
-from pangu_jax.pytree import pytree
+from pangu_jax.pytree import pytree, unchecked
+from pangu_jax.quant.weight import Weight
 
 
 @pytree
@@ -48,8 +49,8 @@ class Experts:
     stack, all of them in every step; it does not when it reads each expert from the stack itself.
     """
 
-    gate_up: Float[Array, "*L E 2 F D"]
-    down: Float[Array, "*L E D F"]
+    gate_up: Float[Array, "*L E 2 F D"] | Weight
+    down: Float[Array, "*L E D F"] | Weight
     layer: Int[Array, ""] | None = None
 
     @property
@@ -57,9 +58,10 @@ class Experts:
         """E, the experts on this device."""
         return self.down.shape[-3]
 
-    def of(self, expert: Int[Array, ""]) -> tuple[Float[Array, "2 F D"], Float[Array, "D F"]]:
-        """gate_up and down of one expert."""
-        return _slice(self.gate_up, expert, self.layer), _slice(self.down, expert, self.layer)
+    def of(self, expert: Int[Array, ""]) -> tuple[Any, Any]:
+        """gate_up [2, F, D] and down [D, F] of one expert."""
+        own = lambda stack: _slice(stack, expert, self.layer)
+        return jax.tree.map(own, self.gate_up), jax.tree.map(own, self.down)
 
 
 class MoGE(nnx.Module):
@@ -284,17 +286,22 @@ def _blocks_backward(
     if held.layer is not None:
         raise NotImplementedError("gradients are of a layer's own experts, not of a stack")
 
-    def one(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        expert, own = experts[i], tokens[i]
-        to_x, to_gate_up, to_down = sums
-        parts = jax.vjp(swiglu, x[own], *held.of(expert))[1](_slice(grad, i))
-        to_x = to_x.at[own].add(parts[0])
-        return to_x, _add(to_gate_up, expert, parts[1]), _add(to_down, expert, parts[2])
+    trained = tuple(stack for stack in (held.gate_up, held.down) if not isinstance(stack, Weight))
 
-    zeros = jax.tree.map(jnp.zeros_like, (x, held.gate_up, held.down))
+    def one(i: Array, sums: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+        expert, own = experts[i], tokens[i]
+        to_x, to_held = sums
+        of_x, *of_held = jax.vjp(swiglu, x[own], *held.of(expert))[1](_slice(grad, i))
+        floats = [part for part in of_held if not isinstance(part, Weight)]
+        added = (_add(stack, expert, part) for stack, part in zip(to_held, floats, strict=True))
+        return to_x.at[own].add(of_x), tuple(added)
+
+    zeros = jax.tree.map(jnp.zeros_like, (x, trained))
     with exact_if_float32(x.dtype):
-        to_x, *to_held = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
-    return to_x, Experts(*to_held), None, None, None
+        to_x, to_held = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
+    sums = iter(to_held)
+    own = [None if isinstance(stack, Weight) else next(sums) for stack in (held.gate_up, held.down)]
+    return to_x, unchecked(Experts, gate_up=own[0], down=own[1], layer=None), None, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

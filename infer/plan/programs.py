@@ -89,7 +89,9 @@ def _request(model: Pangu, batch: int) -> Request:
 def _state(model: Pangu, batch: int, context: int) -> State:
     where = model.layout
     held = fit.held(model.config, where)
-    blank = jax.eval_shape(lambda: caches.empty(held, model.runs, batch, context, model.dtype))
+    blank = jax.eval_shape(
+        lambda: caches.empty(held, model.runs, batch, context, model.dtype, model.recipe)
+    )
     place = lambda leaf, spec: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=NamedSharding(model.mesh, spec)
     )

@@ -22,14 +22,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pangu_jax import build, strict
-from pangu_jax.checkpoint import hf_config, names, safetensors
+from pangu_jax.checkpoint import description, hf_config, names, quantised, safetensors
 from pangu_jax.checkpoint.folder import INDEX, SINGLE, Folder
+from pangu_jax.checkpoint.quantised import Description, Format
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import CheckpointError, ConfigError
 from pangu_jax.model import Form, Pangu
 from pangu_jax.origin import Origin
 from pangu_jax.parallel import fit
 from pangu_jax.parallel.layout import Layout
+from pangu_jax.quant import leaves
+from pangu_jax.quant.scheme import FLOAT
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,9 @@ def load(
     form: "separate" (default on CPU and GPU) or "stacked" (default on TPU, and for training)
     progress: called with (bytes read, bytes in all) after each leaf
 
+    A folder that describes itself as quantised (compressed-tensors or msModelSlim) gives a model
+    whose matrices are held as they are stored.
+
     Tensors stream from the mapped files to their device; names, shapes, dtypes and byte ranges are
     all checked before anything is allocated. Raises CheckpointError, one line naming file and
     tensor.
@@ -81,12 +87,16 @@ def load(
     folder = Path(path)
     config, raw = read_config(folder)
     build.check_choices(form, dtype)  # before the folder's files are opened
+    said = read_description(folder, raw, config)
     tensors = Folder(folder)
-    parts = check_tensors(config, tensors)
+    parts = check_tensors(config, tensors, said)
     companions = _companions(folder)
     remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
     origin = Origin(remembered, companions, folder.absolute())
-    model = build.abstract(config, dtype=dtype, where=layout, form=form, origin=origin)
+    recipe = FLOAT if said is None else said.recipe
+    model = build.abstract(
+        config, dtype=dtype, where=layout, form=form, origin=origin, recipe=recipe
+    )
     return _fill(model, tensors, parts, progress)
 
 
@@ -115,6 +125,15 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return config, raw
+
+
+def read_description(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Description | None:
+    """How the folder's matrices are quantised, None if they are not. Raises CheckpointError."""
+    try:
+        return description.read(folder, raw, config)
+    except ConfigError as error:
+        text = str(error)
+        raise CheckpointError(text if str(folder) in text else f"{folder}: {text}") from None
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
@@ -148,12 +167,15 @@ def _companions(folder: Path) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names.Part, ...]]:
+def check_tensors(
+    config: ModelConfig, tensors: Folder, said: Description | None
+) -> dict[str, tuple[names.Part, ...]]:
     """The parts of every leaf, once the folder is known to hold each of them and nothing else.
 
     Ignored: rotary `inv_freq` (recomputed from rope_theta) and a stored head beside tied
     embeddings.
-    Raises CheckpointError: missing, extra, mis-shaped or quantised tensors.
+    said: how they are quantised, if they are
+    Raises CheckpointError: missing, extra or mis-shaped tensors, or of another dtype.
     """
     spare = {name for name in tensors.names if "rotary_emb.inv_freq" in name}
     if config.tie_embeddings and "lm_head.weight" in tensors.names:
@@ -161,11 +183,13 @@ def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names
         spare.add("lm_head.weight")
     parts: dict[str, tuple[names.Part, ...]] = {}
     expected: set[str] = set()
-    for leaf, leaf_parts in names.leaves(config):
+    if said is not None:
+        spare |= set(_check_constants(config, tensors, said))
+    for leaf, leaf_parts in quantised.leaves(config, said):
         checked = []
         for part in leaf_parts:
             if part.name not in tensors.names:
-                raise CheckpointError(_missing(config, tensors, expected))
+                raise CheckpointError(_missing(config, tensors, said, expected))
             expected.add(part.name)
             _check_part(part, tensors)
             checked.append(part)
@@ -176,8 +200,40 @@ def check_tensors(config: ModelConfig, tensors: Folder) -> dict[str, tuple[names
     return parts
 
 
-def _missing(config: ModelConfig, tensors: Folder, found: set[str]) -> str:
-    every = (part.name for _, parts in names.leaves(config) for part in parts)
+def _check_constants(config: ModelConfig, tensors: Folder, said: Description) -> Iterator[str]:
+    """The names of tensors that say nothing new. Raises CheckpointError where one does."""
+    for leaf, parts in names.leaves(config):
+        scheme = said.recipe.scheme(leaf)
+        if quantised.static_bias(leaf, said.recipe):
+            yield from (part.name for part in parts)
+        if scheme is None:
+            continue
+        for part in parts:
+            for constant in quantised.constants(part, scheme, said.format):
+                if constant.name not in tensors.names:
+                    continue
+                yield constant.name
+                wanted, entry = constant.expected, tensors.entry(constant.name)
+                if wanted is None:
+                    continue
+                same = entry.shape == wanted.shape or entry.shape == wanted.reshape(-1).shape
+                if (
+                    not same
+                    or (tensors.read(constant.name).reshape(-1) != wanted.reshape(-1)).any()
+                ):
+                    raise CheckpointError(
+                        f"{tensors.file_of(constant.name)}: tensor {constant.name} must be "
+                        f"{strict.shorten(str(np.unique(wanted).tolist()))}: anything else is not "
+                        "supported"
+                    )
+    if said.recipe.cache is not None:
+        yield from (name for name in tensors.names if name.endswith("kv_cache_offset"))
+
+
+def _missing(
+    config: ModelConfig, tensors: Folder, said: Description | None, found: set[str]
+) -> str:
+    every = (part.name for _, parts in quantised.leaves(config, said) for part in parts)
     absent = list(itertools.islice((name for name in every if name not in tensors.names), 4))
     hint = ""
     if absent[0] == "lm_head.weight":
@@ -202,12 +258,13 @@ def _listed(tensor_names: list[str]) -> str:
 
 def _check_part(part: names.Part, tensors: Folder) -> None:
     entry, where = tensors.entry(part.name), f"{tensors.file_of(part.name)}: tensor {part.name}"
-    if entry.dtype not in FLOATS.values():
-        raise CheckpointError(
-            f"{where} is {entry.dtype}; weights must be {', '.join(FLOATS.values())} (quantised "
-            "weights without a known description are not read)"
-        )
-    if entry.shape != part.shape:
+    known = quantised.DTYPES[part.kind]
+    if entry.dtype not in known:
+        hint = ""
+        if part.kind == "float":
+            hint = " (quantised weights without a known description are not read)"
+        raise CheckpointError(f"{where} is {entry.dtype}; it must be {' or '.join(known)}{hint}")
+    if entry.shape != part.shape and not (part.shared and entry.shape == ()):
         raise CheckpointError(
             f"{where} has shape {list(entry.shape)}; config.json says {list(part.shape)}"
         )
@@ -229,16 +286,15 @@ def _fill(
     def read(name: str, own: tuple[int, ...], like: Any) -> Array:
         """own, like: the shape in the files, and the leaf as devices hold it"""
         nonlocal done
-        buffer, dtype = _aligned(own, like.dtype), like.dtype
+        buffer = _aligned(own, like.dtype)
+        if not parts[name]:  # a bias that is part of another leaf
+            buffer[...] = 0
+        written = set()
         for part in parts[name]:
-            target = buffer[part.index]
             source = tensors.read(part.name)
-            with np.errstate(over="ignore"):  # what does not fit is found below
-                target[...] = source.reshape(target.shape)
-            if dtype == np.float16 and not np.isfinite(target).all():
-                raise CheckpointError(
-                    f"{tensors.file_of(part.name)}: tensor {part.name} does not fit float16"
-                )
+            _copy(part, source, buffer[part.index], tensors, part.shared and part.index in written)
+            if part.shared:
+                written.add(part.index)
             done += source.nbytes
         if progress:
             progress(done, total)
@@ -262,6 +318,27 @@ def _fill(
     return build.fill(model, leaf)
 
 
+def _copy(
+    part: names.Part, source: np.ndarray, target: np.ndarray, tensors: Folder, again: bool
+) -> None:
+    """A tensor into its part of a leaf, where (again) another one may have said the same.
+
+    Raises CheckpointError for numbers that cannot be right.
+    """
+    where = f"{tensors.file_of(part.name)}: tensor {part.name}"
+    if part.kind == "packed":
+        source = np.ascontiguousarray(source).view(np.uint8)
+    source = source.reshape(target.shape)
+    if again and (source.astype(target.dtype) != target).any():
+        raise CheckpointError(f"{where} must be the same for all parts of one product")
+    with np.errstate(over="ignore"):  # what does not fit is found below
+        target[...] = source
+    if target.dtype == np.float16 and not np.isfinite(target).all():
+        raise CheckpointError(f"{where} does not fit float16")
+    if part.kind == "scale" and not ((target >= 0) & np.isfinite(target)).all():
+        raise CheckpointError(f"{where} has a scale that is negative, infinite or NaN")
+
+
 def _put_layer(stack: Array, layer: Array, index: Array) -> Array:
     return lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
@@ -277,12 +354,18 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def save_hf(
-    model: Pangu, path: str | os.PathLike[str], *, shard_bytes: int = 5_000_000_000
+    model: Pangu,
+    path: str | os.PathLike[str],
+    *,
+    shard_bytes: int = 5_000_000_000,
+    quantised_as: Format | None = None,
 ) -> None:
     """A Hugging Face folder that the reference implementation loads.
 
     path: the new folder; it must not exist, or be empty. It appears complete or not at all.
     shard_bytes: the most a weight file holds (one larger tensor gets a file of its own)
+    quantised_as: how a quantised model is described: "compressed-tensors" (the default where it can
+        say everything) or "msmodelslim"
 
     Bit-equal when the model's dtype is the stored one. Keeps token ids and unknown keys of the
     config.json it was loaded from, copies the tokenizer and generation files `load` saw, writes no
@@ -297,7 +380,7 @@ def save_hf(
             raise CheckpointError(f"{target}: already exists; save to a new or empty folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
-        _write_folder(model, partial, shard_bytes)
+        _write_folder(model, partial, shard_bytes, _describe(model, quantised_as))
         os.replace(partial, target)
     except OSError as error:
         name = strict.shorten(str(target), quote=False, limit=300)
@@ -306,13 +389,40 @@ def save_hf(
         shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
 
 
-def _write_folder(model: Pangu, folder: Path, shard_bytes: int) -> None:
+def _describe(model: Pangu, how: Format | None) -> Description | None:
+    """How a folder of the model will say what is quantised. Raises CheckpointError."""
+    if not model.recipe.runs and not model.recipe.cache_scales:
+        return None
+    return Description(model.recipe, description.words(model.recipe, how))
+
+
+def _write_folder(model: Pangu, folder: Path, shard_bytes: int, said: Description | None) -> None:
     dtype = np.dtype(model.dtype)
-    _write_weights(model, folder, dtype, shard_bytes)
     original = json.loads(model.origin.config)
     config = hf_config.to_hf(model.config, dtype.name, original)
+    write_description(folder, config, said, model.config)
+    _write_weights(model, folder, dtype, shard_bytes, said)
     _write_json(folder / "config.json", config)
     _copy_companions(model.origin, folder)
+
+
+def write_description(
+    folder: Path, raw: dict[str, Any], said: Description | None, config: ModelConfig
+) -> None:
+    """Says what is quantised, in `raw` (a config.json to be written) or a file of its own.
+
+    Raises CheckpointError for what the format cannot say.
+    """
+    raw.pop(description.FIELD, None)
+    if said is None:
+        return
+    try:
+        if said.format == "compressed-tensors":
+            raw[description.FIELD] = description.compressed(said.recipe, config)
+        else:
+            _write_json(folder / description.FILE, description.msmodelslim(said.recipe, config))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _check_leaves(model: Pangu) -> None:
@@ -320,6 +430,8 @@ def _check_leaves(model: Pangu) -> None:
     for name, leaf in build.named_leaves(model):
         if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
             raise CheckpointError(f"{name} holds no data: only a model with weights can be saved")
+        if leaves.split(name)[1] or name.endswith("cache_scale"):
+            continue
         if leaf.dtype.name not in FLOATS or leaf.dtype != model.dtype:
             raise CheckpointError(
                 f"{name} is {leaf.dtype.name}; to be saved a model must be {', '.join(FLOATS)} "
@@ -347,17 +459,25 @@ def _check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
         )
 
 
-def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
+def _write_weights(
+    model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int, said: Description | None
+) -> None:
     located, shapes = _locate(model), _layer_shapes(model)
-    shards: list[list[tuple[safetensors.Spec, str, names.Part]]] = [[]]
+    shards: list[list[tuple[safetensors.Spec, str, names.Part | np.ndarray]]] = [[]]
     size = 0
-    for leaf, parts in names.leaves(model.config):
-        for part in parts:
-            spec = safetensors.Spec(part.name, dtype, part.shape)
+    for leaf, parts in quantised.leaves(model.config, said):
+        for part in (*parts, *_constants(model.config, leaf, said)):
+            if isinstance(part, quantised.Constant):
+                assert part.expected is not None
+                held: names.Part | np.ndarray = part.expected
+                spec = safetensors.Spec(part.name, held.dtype, held.shape)
+            else:
+                held = part
+                spec = safetensors.Spec(part.name, quantised.stored(part, dtype), part.shape)
             if size and size + spec.nbytes > shard_bytes:
                 shards.append([])
                 size = 0
-            shards[-1].append((spec, leaf, part))
+            shards[-1].append((spec, leaf, held))
             size += spec.nbytes
     files = [
         SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -374,6 +494,21 @@ def _write_weights(model: Pangu, folder: Path, dtype: np.dtype, shard_bytes: int
             for spec, _, _ in shard
         }
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _constants(
+    config: ModelConfig, leaf: str, said: Description | None
+) -> Iterator[quantised.Constant]:
+    """What is written behind a quantised leaf's scales, and says nothing new."""
+    own, part = leaves.split(leaf)
+    scheme = None if said is None or part != "scale" else said.recipe.scheme(own)
+    if scheme is None or said is None:
+        return
+    matrices = next(parts for name, parts in names.leaves(config) if name == own)
+    for matrix in matrices:
+        for constant in quantised.constants(matrix, scheme, said.format):
+            if constant.expected is not None:
+                yield constant
 
 
 def _locate(model: Pangu) -> dict[str, tuple[Array, int | None]]:
@@ -398,7 +533,7 @@ def _layer_shapes(model: Pangu) -> dict[str, tuple[int, ...]]:
 def _slices(
     located: dict[str, tuple[Array, int | None]],
     shapes: dict[str, tuple[int, ...]],
-    shard: list[tuple[safetensors.Spec, str, names.Part]],
+    shard: list[tuple[safetensors.Spec, str, names.Part | np.ndarray]],
 ) -> Iterator[np.ndarray]:
     """The tensors of a shard in order; consecutive parts of one leaf share its transfer from the
     device.
@@ -407,8 +542,14 @@ def _slices(
         array, layer = located[leaf]
         held = np.asarray(array if layer is None else array[layer])
         host = fit.own_numbers(leaf, held, shapes[leaf])
-        for _, _, part in group:
-            yield host[part.index].reshape(part.shape)
+        for spec, _, part in group:
+            if isinstance(part, np.ndarray):
+                yield part
+                continue
+            own = np.ascontiguousarray(host[part.index])
+            if part.kind == "packed":
+                own = own.view(np.int32)
+            yield own.reshape(spec.shape)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -68,7 +68,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None, 0, False),
     "use_sliding_window": (False, None),
     "mlp_only_layers": ([], None),
-    "quantization_config": (None,),
     "attention_sink": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
     "logit_scale": (None, 1, 1.0),
@@ -111,8 +110,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     kind = _family(raw)
     for name, neutral in NEUTRAL.items():
         if name in raw and raw[name] not in neutral:
-            hint = ": quantised weights are not read yet" if name == "quantization_config" else ""
-            raise ConfigError(f"{name} = {strict.describe(raw[name])} is not supported{hint}")
+            raise ConfigError(f"{name} = {strict.describe(raw[name])} is not supported")
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or any(layer != "full_attention" for layer in kinds):
         raise ConfigError(f"layer_types = {strict.describe(kinds)} is not supported")
@@ -258,7 +256,7 @@ def eos_token_ids(raw: dict[str, Any]) -> Any:
 # Keys of config.json that a ModelConfig says, and other spellings of some of them.
 SAID = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "hidden_act", "rope_theta"),
-    *("intermediate_size", "num_experts", *THEIRS.values()),
+    *("intermediate_size", "num_experts", "quantization_config", *THEIRS.values()),
 )
 TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 SPELLINGS = ("dtype", "head_dim", "bias", "attention_bias")

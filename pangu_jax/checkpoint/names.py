@@ -6,17 +6,27 @@ is transposed: `leaf[part.index]` holds the tensor `part.name`, reshaped to `par
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 from pangu_jax.config import ModelConfig
+
+Kind = Literal["float", "scale", "int8", "fp8", "int32", "packed", "int64"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One published tensor, and where it lies in the leaf of one layer."""
+    """One published tensor, and where it lies in the leaf of one layer.
+
+    kind: of its numbers; "scale" are floats that must be finite and not negative, "packed" int32
+        whose bytes are the leaf's
+    shared: every part of the leaf says the same single number, if the files are right
+    """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[int | slice, ...] = ()
+    kind: Kind = "float"
+    shared: bool = False
 
 
 Leaf = tuple[str, Iterator[Part]]

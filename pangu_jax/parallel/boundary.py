@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Int8, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from pangu_jax.parallel.layout import Axes, Layout
+from pangu_jax.quant import rows
 
 
 def enter(
@@ -156,30 +157,12 @@ def _varies(x: Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def quantize(x: Float[Array, "N D"]) -> tuple[Int8[Array, "N D"], Float[Array, "N 1"]]:
-    """int8 numbers and a float32 scale per token, with x = numbers * scale up to half a scale.
-
-    A token of zeros has a scale of 0. Symmetric, round to nearest even (own choice).
-    """
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    numbers = jnp.round(wide / jnp.where(scale > 0, scale, 1))
-    return jnp.clip(numbers, -127, 127).astype(jnp.int8), scale
-
-
-def dequantize(
-    numbers: Int8[Array, "N D"], scale: Float[Array, "N 1"], dtype: Any
-) -> Float[Array, "N D"]:
-    """What `quantize` left of its argument."""
-    return (numbers.astype(jnp.float32) * scale).astype(dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather_int8(x: Float[Array, "shard D"], axes: Axes) -> Float[Array, "N D"]:
     """An all-gather of int8 and scales. Its gradient is that of an exact one (straight through)."""
-    sent = quantize(x)
+    sent = rows.quantize(x)
     numbers, scale = (lax.all_gather(part, axes, axis=0, tiled=True) for part in sent)
-    return dequantize(numbers, scale, x.dtype)
+    return rows.dequantize(numbers, scale, x.dtype)
 
 
 def _gather_int8_forward(x: Array, axes: Axes) -> tuple[Array, None]:

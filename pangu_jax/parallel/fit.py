@@ -15,6 +15,7 @@ import numpy as np
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import ConfigError
 from pangu_jax.parallel.layout import Axes, Layout
+from pangu_jax.quant import leaves
 
 
 def held(config: ModelConfig, where: Layout) -> ModelConfig:
@@ -96,14 +97,12 @@ def hold(name: str, whole: Any, shape: tuple[int, ...]) -> Any:
         return whole
     xp: Any = jnp if isinstance(whole, jax.Array) else np
     axis = _heads_axis(name, whole)
-    if axis is None:
-        return xp.pad(
-            whole, [(0, more - size) for size, more in zip(whole.shape, shape, strict=True)]
-        )
-    repeats = shape[axis] // whole.shape[axis]
-    queries, pairs = xp.split(whole, [whole.shape[axis + 1] - 2], axis=axis + 1)
-    queries = queries.reshape(*shape[: axis + 1], -1, *shape[axis + 2 :])
-    return xp.concatenate([queries, xp.repeat(pairs, repeats, axis=axis)], axis=axis + 1)
+    if axis is not None:
+        queries, pairs = xp.split(whole, [whole.shape[axis + 1] - 2], axis=axis + 1)
+        queries = queries.reshape(*shape[: axis + 1], shape[axis + 1] - 2, *whole.shape[axis + 2 :])
+        pairs = xp.repeat(pairs, shape[axis] // whole.shape[axis], axis=axis)
+        whole = xp.concatenate([queries, pairs], axis=axis + 1)
+    return xp.pad(whole, [(0, more - size) for size, more in zip(whole.shape, shape, strict=True)])
 
 
 def own_numbers(name: str, held: Any, shape: tuple[int, ...]) -> Any:
@@ -113,16 +112,20 @@ def own_numbers(name: str, held: Any, shape: tuple[int, ...]) -> Any:
     axis = _heads_axis(name, held)
     if axis is None:
         return held[tuple(slice(size) for size in shape)]
+    held = held[(..., *(slice(size) for size in shape[axis + 2 :]))]
     xp: Any = jnp if isinstance(held, jax.Array) else np
     repeats = held.shape[axis] // shape[axis]
     queries, pairs = xp.split(held, [held.shape[axis + 1] - 2], axis=axis + 1)
-    queries = queries.reshape(*shape[: axis + 1], -1, *shape[axis + 2 :])
+    queries = queries.reshape(*shape[: axis + 1], shape[axis + 1] - 2, *shape[axis + 2 :])
     first = (slice(None),) * axis + (slice(None, None, repeats),)
     return xp.concatenate([queries, pairs[first]], axis=axis + 1)
 
 
 def _heads_axis(name: str, leaf: Any) -> int | None:
-    """The axis of key/value heads in a fused projection; None for other leaves."""
-    if name.endswith("attention.qkv"):
+    """The axis of key/value heads, before that of their queries, key and value; None for leaves
+    that have no such axes.
+    """
+    leaf_name, _ = leaves.split(name)
+    if leaf_name.endswith("attention.qkv"):
         return leaf.ndim - 4
-    return leaf.ndim - 3 if name.endswith("attention.qkv_bias") else None
+    return leaf.ndim - 3 if name.endswith(("qkv_bias", "cache_scale")) else None

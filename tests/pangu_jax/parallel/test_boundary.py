@@ -28,6 +28,7 @@ from pangu_jax.parallel.layout import (
     MeshShape,
     ParamRoles,
 )
+from pangu_jax.quant import rows
 from tests import layouts
 
 D = 6
@@ -272,8 +273,8 @@ def test_over_no_axes_nothing_happens() -> None:
 # Within float32's normal numbers, scales too.
 finite = st.integers(-(2**20), 2**20) | st.floats(-(2.0**99), 2.0**99, width=32)
 elements = finite.map(lambda x: 0.0 if abs(x) < 1e-30 else float(x))
-quantized = jax.jit(boundary.quantize)
-restored = jax.jit(boundary.dequantize, static_argnums=2)
+quantized = jax.jit(rows.quantize)
+restored = jax.jit(rows.dequantize, static_argnums=2)
 
 
 def check_quantized(x: np.ndarray, numbers: Any, scale: Any) -> None:
@@ -301,10 +302,10 @@ def test_tokens_of_zeros_and_halves() -> None:
     """A scale of 0, and no division by it; halves go to the even number; signs are kept."""
     x = np.array([[0, 0, 0, 0], [127, 0.5, 1.5, -2.5], [-254, 254, -1, 1]], np.float32)
     with jax.debug_nans(True):
-        numbers, scale = boundary.quantize(jnp.asarray(x))
+        numbers, scale = rows.quantize(jnp.asarray(x))
     np.testing.assert_array_equal(scale, [[0], [1], [2]])
     np.testing.assert_array_equal(numbers, [[0, 0, 0, 0], [127, 0, 2, -2], [-127, 127, 0, 0]])
-    back = boundary.dequantize(numbers, scale, jnp.float32)
+    back = rows.dequantize(numbers, scale, jnp.float32)
     np.testing.assert_array_equal(back, [[0, 0, 0, 0], [127, 0, 2, -2], [-254, 254, 0, 0]])
 
 
@@ -472,11 +473,11 @@ def test_rows_are_looked_up_where_they_lie(servers: Layout) -> None:
 
     @jax.jit
     def both(table: Any, ids: Any, factors: Any) -> Any:
-        rows, back = jax.vjp(lambda table: run(table, ids), table)
-        return rows, back(factors)[0]
+        found, back = jax.vjp(lambda table: run(table, ids), table)
+        return found, back(factors)[0]
 
-    rows, gradient = both(table, ids.astype(np.int32), factors)
-    np.testing.assert_array_equal(rows, table[ids])
+    found, gradient = both(table, ids.astype(np.int32), factors)
+    np.testing.assert_array_equal(found, table[ids])
     wanted = np.zeros_like(table)
     for device, token in np.ndindex(ids.shape):
         wanted[ids[device, token]] += factors[device, token]

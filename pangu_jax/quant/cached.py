@@ -1,0 +1,125 @@
+"""Keys and values in int8, and attention's two products with them.
+
+No float copy of a cache is made. XLA for GPU and TPU takes the numbers to floats inside of the
+product; on CPU it would copy them first, so there they go through in blocks of SLOTS.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
+
+from pangu_jax.pytree import pytree
+from pangu_jax.quant import rows
+
+# Slots whose floats are held at once on CPU (own choice).
+SLOTS = 256
+
+
+@pytree
+class Rows:
+    """numbers * scale * channels: int8, and what they are worth.
+
+    scale: of every token and head; None where channels say all
+    channels: of every head and channel, fixed; None where there are none (they are the model's, and
+        not part of a cache)
+    """
+
+    numbers: Int8[Array, "*L B K S H"]
+    scale: Float[Array, "*L B K S"] | None = None
+    channels: Float[Array, "K H"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the float array."""
+        return self.numbers.shape
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the float array."""
+        return self.numbers.ndim
+
+
+def to_rows(x: Float[Array, "B K T H"], channels: Float[Array, "K H"] | None) -> Rows:
+    """Keys or values rounded to nearest, with a scale per token and head, or fixed ones (beyond
+    which they are cut).
+    """
+    if channels is None:
+        numbers, scale = rows.quantize(x)
+        return Rows(numbers, scale[..., 0])
+    ratio = x.astype(jnp.float32) / jnp.where(channels > 0, channels, 1)[:, None]
+    return Rows(rows.to_numbers(ratio, "int8"), channels=channels)
+
+
+def with_channels(held: Rows, channels: Float[Array, "K H"] | None) -> Rows:
+    """The same numbers with the fixed scales that they were written with."""
+    return dataclasses.replace(held, channels=channels)
+
+
+def scores(queries: Float[Array, "B T K g H"], keys: Rows) -> Float[Array, "B K g T S"]:
+    """queries @ keys^T in float32, a head at a time."""
+    if keys.channels is not None:
+        wide = queries.astype(jnp.float32) * keys.channels[:, None]
+        queries = wide.astype(queries.dtype)
+
+    def product(numbers: Array, queries: Array) -> Array:
+        floats = numbers.astype(queries.dtype)
+        return jnp.einsum("btkgh,bksh->bkgts", queries, floats, preferred_element_type=jnp.float32)
+
+    def in_blocks(numbers: Array, queries: Array) -> Array:
+        size = _block(numbers)
+        blocks = lax.map(
+            lambda i: product(_slots(numbers, i, size), queries), _count(numbers, size)
+        )
+        return jnp.moveaxis(blocks, 0, -2).reshape(*blocks.shape[1:-1], -1)
+
+    found = _by_platform(product, in_blocks, keys.numbers, queries)
+    return found if keys.scale is None else found * keys.scale[:, :, None, None]
+
+
+def mix(
+    weights: Float[Array, "B K g T S"], values: Rows, dtype: DTypeLike
+) -> Float[Array, "B T K g H"]:
+    """weights @ values, a head at a time; products in `dtype`, sums in float32."""
+    if values.scale is not None:
+        weights = weights * values.scale[:, :, None, None]
+    weights = weights.astype(dtype)
+
+    def product(numbers: Array, weights: Array) -> Array:
+        floats = numbers.astype(dtype)
+        return jnp.einsum("bkgts,bksh->btkgh", weights, floats, preferred_element_type=jnp.float32)
+
+    def in_blocks(numbers: Array, weights: Array) -> Array:
+        size = _block(numbers)
+        cut = lambda i: lax.dynamic_slice_in_dim(weights, i * size, size, axis=-1)
+        add = lambda total, i: (total + product(_slots(numbers, i, size), cut(i)), None)
+        first = product(_slots(numbers, jnp.int32(0), size), cut(jnp.int32(0)))
+        return lax.scan(add, first, _count(numbers, size)[1:])[0]
+
+    found = _by_platform(product, in_blocks, values.numbers, weights)
+    found = found if values.channels is None else found * values.channels[:, None]
+    return found.astype(dtype)
+
+
+def _by_platform(whole: Callable, in_blocks: Callable, numbers: Array, other: Array) -> Array:
+    if _block(numbers) == numbers.shape[2]:
+        return whole(numbers, other)
+    return lax.platform_dependent(numbers, other, cpu=in_blocks, default=whole)
+
+
+def _block(numbers: Array) -> int:
+    """The slots of a block, which divide the cache; all of them where it is small or odd."""
+    size = math.gcd(numbers.shape[2], SLOTS)
+    return size if size >= SLOTS // 4 else numbers.shape[2]
+
+
+def _count(numbers: Array, size: int) -> Array:
+    return jnp.arange(numbers.shape[2] // size)
+
+
+def _slots(numbers: Array, index: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(numbers, index * size, size, axis=2)
