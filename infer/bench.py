@@ -20,9 +20,13 @@ import pangu_jax
 from infer import generation, progress
 from infer.commands import Bench
 from infer.sampling import Sampling
+from pangu_jax import build
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
+from pangu_jax.plan import cost
+from pangu_jax.quant import leaves
+from pangu_jax.quant.scheme import FLOAT
 
 BANDWIDTH_BYTES = 2**30
 FLOPS_SIDE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
@@ -34,6 +38,7 @@ class Result:
 
     device: str
     dtype: str
+    quantised: str
     prompt: int
     batch: int
     prefill_tokens_per_s: float
@@ -86,7 +91,8 @@ def table(r: Result) -> str:
             f"{r.decode_spread:.0%}",
         ),
     ]
-    head = f"{r.device}, {r.dtype}, JAX {jax.__version__}\n\n"
+    numbers = f"{r.dtype}, {r.quantised}" if r.quantised else r.dtype
+    head = f"{r.device}, {numbers}, JAX {jax.__version__}\n\n"
     return head + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -111,6 +117,7 @@ def measure(model: Pangu, prompt: int, tokens: int, batch: int, repeats: int) ->
     return Result(
         device=device.device_kind,
         dtype=str(model.dtype),
+        quantised=_held_as(model),
         prompt=prompt,
         batch=batch,
         prefill_tokens_per_s=batch * prompt / prefill,
@@ -122,6 +129,13 @@ def measure(model: Pangu, prompt: int, tokens: int, batch: int, repeats: int) ->
         bound_tflops=max(tflops),
         bound_gb_per_s=max(gb),
     )
+
+
+def _held_as(model: Pangu) -> str:
+    """What is quantised, in words; "" if nothing is."""
+    schemes = {scheme for _, layer in model.recipe.runs for _, scheme in layer}
+    said = [f"{s.numbers} weights, {s.activations} activations" for s in schemes]
+    return ", ".join(sorted(said) + ([f"{model.recipe.cache} cache"] if model.recipe.cache else []))
 
 
 def prefill_flops(config: ModelConfig, prompt: int, batch: int) -> float:
@@ -140,14 +154,21 @@ def step_bytes(model: Pangu, length: int, batch: int) -> int:
     looked up; experts as if no two rows shared one, at most all of them), and the KV cache.
     """
     config, size = model.config, model.dtype.itemsize
-    weights = config.num_active_parameters
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     if config.moge is not None:
-        expert = 3 * config.hidden_size * config.moge.expert_width
-        picked = min(batch * config.moge.experts_per_token, config.moge.num_experts)
-        weights += config.num_layers * expert * (picked - config.moge.experts_per_token)
+        idle = config.moge.num_experts - min(
+            batch * config.moge.experts_per_token, config.moge.num_experts
+        )
+        experts = [
+            leaf.nbytes
+            for name, leaf in build.named_leaves(model)
+            if leaves.split(name)[0].endswith(("mlp.gate_up", "mlp.down"))
+        ]
+        held -= sum(experts) * idle // config.moge.num_experts
     if not config.tie_embeddings:
-        weights -= config.vocab_size * config.hidden_size
-    return weights * size + batch * length * config.kv_bytes_per_token(size)
+        held -= config.vocab_size * config.hidden_size * size
+    heads = 2 * config.num_layers * config.num_kv_heads
+    return held + batch * length * heads * cost.head_bytes(model.recipe, config.head_dim, size)
 
 
 def _model(command: Bench) -> Pangu:
@@ -155,7 +176,14 @@ def _model(command: Bench) -> Pangu:
         model = pangu_jax.load(command.model, command.dtype, form=command.form)
     else:
         config = pangu_jax.preset(command.model)
-        model = pangu_jax.init(config, jax.random.key(0), dtype=command.dtype, form=command.form)
+        recipe = command.recipe or FLOAT
+        model = pangu_jax.init(
+            config, jax.random.key(0), dtype=command.dtype, form=command.form, recipe=recipe
+        )
+    if command.recipe is not None and not model.recipe.runs:
+        model = build.quantize(model, command.recipe)
+    if command.cache is not None:
+        model = build.with_cache(model, command.cache)
     return jax.block_until_ready(model)
 
 

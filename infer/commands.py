@@ -9,7 +9,9 @@ from typing import Literal
 
 from infer.cli import flag
 from pangu_jax.config import DType
+from pangu_jax.quant.scheme import CacheNumbers, RecipeName
 
+FormatName = Literal["compressed-tensors", "msmodelslim"]
 FormName = Literal["separate", "stacked"]
 Think = Literal["fast", "slow", "auto"]
 
@@ -22,6 +24,7 @@ class ModelFlags:
     dtype: DType | None = flag("dtype of weights and activations (else the folder's)", None)
     layout: str | None = flag("a layout's name or TOML file", None, metavar="NAME")
     form: FormName | None = flag("layer form (else by platform)", None)
+    cache: CacheNumbers | None = flag("int8 halves the KV cache (else the dtype's numbers)", None)
     voted_experts: int | None = flag(
         "LOSSY: use only so many experts of each group, the most wanted of all tokens of a call",
         None,
@@ -109,6 +112,8 @@ class Bench:
     model: str = flag("model folder, or the name or TOML file of a preset", metavar="DIR|NAME")
     dtype: DType | None = flag("dtype of weights and activations (else the model's)", None)
     form: FormName | None = flag("layer form (else by platform)", None)
+    recipe: RecipeName | None = flag("round the matrices first", None)
+    cache: CacheNumbers | None = flag("int8 halves the KV cache", None)
     prompt: int = flag("tokens of each prompt", 512)
     tokens: int = flag("tokens to decode", 32)
     batch: int = flag("prompts at a time", 1)
@@ -136,6 +141,21 @@ class Eval(ModelFlags):
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Round the matrices of a float checkpoint to nearest, layer by layer, in little memory.
+
+    w8a8: int8 weights and activations; w8a16: int8 weights; w4a16: int4 weights in groups; fp8:
+    weights and activations. Router, norms, embedding and head stay as they are. The same command
+    again goes on where it stopped; the output folder appears when it is complete.
+    """
+
+    model: str = flag("float Hugging Face model folder", metavar="DIR")
+    output: str = flag("the folder to write", metavar="DIR")
+    recipe: RecipeName = flag("what the matrices become", "w8a8")
+    format: FormatName = flag("whose words describe it", "compressed-tensors")
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Plan generation on a machine you do not have: memory, collectives, the most tokens/s.
 
@@ -148,6 +168,8 @@ class Plan:
     target: str = flag("such as v5p:2x2x2, v5e:4x4, h200:8, h200:2x8, or FILE.toml:8")
     layout: tuple[str, ...] = flag("a layout's name or TOML file; may be given again", ())
     dtype: tuple[str, ...] = flag("of weights and activations; may be given again", ())
+    recipe: tuple[str, ...] = flag("quantised matrices; may be given again", ())
+    cache: CacheNumbers | None = flag("int8 halves the KV cache", None)
     batch: tuple[int, ...] = flag("sequences decoded at a time, such as 64,128,256", (1,))
     context: tuple[int, ...] = flag("tokens of each sequence, such as 2048,8192", (2048,))
     prompts: int | None = flag("prompts read at a time (else one per replica of attention)", None)
@@ -165,6 +187,7 @@ COMMANDS = {
     "eval": Eval,
     "bench": Bench,
     "plan": Plan,
+    "quantize": Quantize,
 }
 HANDLERS = {
     "Bench": "infer.bench:run",
@@ -173,4 +196,5 @@ HANDLERS = {
     "Check": "infer.check:run",
     "Eval": "infer.evaluation.command:run",
     "Plan": "infer.plan.command:run",
+    "Quantize": "infer.quantize:run",
 }

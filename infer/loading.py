@@ -38,6 +38,8 @@ def model(command: ModelFlags) -> tuple[Pangu, float]:
             command.model, command.dtype, command.layout, command.form, progress=advance
         )
         jax.block_until_ready(loaded)
+    if command.cache is not None:
+        loaded = build.with_cache(loaded, command.cache)
     if command.voted_experts is not None:
         loaded = build.with_voting(loaded, command.voted_experts)
     return loaded, time.perf_counter() - start

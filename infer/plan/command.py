@@ -31,10 +31,20 @@ def run(command: Command) -> int:
         for dtype in command.dtype or (config.dtype,):
             for batch in command.batch:
                 for context in command.context:
-                    for plan in programs.formulas(
-                        name, config, target, layout, dtype, batch, context, command.prompts
-                    ):
-                        found[plan.layout, plan.dtype, plan.work] = plan
+                    for recipe in command.recipe or (None,):
+                        for plan in programs.formulas(
+                            name,
+                            config,
+                            target,
+                            layout,
+                            dtype,
+                            batch,
+                            context,
+                            command.prompts,
+                            recipe,
+                            command.cache,
+                        ):
+                            found[plan.layout, plan.dtype, recipe, plan.work] = plan
     wanted = (command.phase,) if command.phase else PHASES
     plans = [plan for phase in wanted for plan in found.values() if plan.work.phase == phase]
     few = len(plans) <= len(PHASES)

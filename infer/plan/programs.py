@@ -23,6 +23,8 @@ from pangu_jax.parallel import layout as layouts
 from pangu_jax.plan.cost import Work
 from pangu_jax.plan.target import Target
 from pangu_jax.pytree import unchecked
+from pangu_jax.quant import scheme
+from pangu_jax.quant.scheme import CacheNumbers, Recipe
 
 
 def formulas(
@@ -34,9 +36,12 @@ def formulas(
     batch: int,
     context: int,
     prompts: int | None,
+    recipe: str | None = None,
+    cache: CacheNumbers | None = None,
 ) -> Sequence[Plan]:
     """The plans of decode and prefill by formula.
 
+    recipe: the name of one
     prompts: read at a time by a prefill; None is one for every replica of attention
     Raises ConfigError.
     """
@@ -50,15 +55,28 @@ def formulas(
         )
     prompts = prompts or where.size(where.of("batch"))
     works = (Work("decode", batch, context), Work("prefill", prompts, context))
-    size = jnp.dtype(dtype).itemsize
-    return [report.of(name, config, target, layout, where, dtype, size, work) for work in works]
+    held, size = Recipe(cache=cache), jnp.dtype(dtype).itemsize
+    if recipe is not None:
+        held = scheme.named(recipe, config, cache)
+        size = 1 if recipe in ("w8a8", "fp8") else size  # what multiplies, at its best
+    said = [recipe] if recipe else []
+    said += [f"{cache} cache"] if cache else []
+    of_work = lambda work: report.of(
+        name, config, target, layout, where, dtype, size, work, held, ", ".join(said)
+    )
+    return [of_work(work) for work in works]
 
 
 def lower(plan: Plan, form: Form | None) -> Any:
     """The plan's program, lowered for the target's devices. Raises NoCompiler."""
     devices = plan.target.devices()
     model = build.abstract(
-        plan.config, dtype=plan.dtype, where=plan.where, form=form, devices=devices
+        plan.config,
+        dtype=plan.dtype,
+        where=plan.where,
+        form=form,
+        recipe=plan.recipe,
+        devices=devices,
     )
     work, rows = plan.work, NamedSharding(model.mesh, plan.where.rows)
     batch = plan.where.round_rows(work.batch)

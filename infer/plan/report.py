@@ -12,6 +12,7 @@ from pangu_jax.plan.cost import Cost, Work
 from pangu_jax.plan.hlo import Traffic
 from pangu_jax.plan.program import Compiled
 from pangu_jax.plan.target import Target
+from pangu_jax.quant.scheme import FLOAT, Recipe
 
 GIB = 2**30
 
@@ -31,6 +32,9 @@ class Plan:
     itemsize: int
     work: Work
     cost: Cost
+    recipe: Recipe = FLOAT
+    held_as: str = ""
+    """The recipe's name, and the cache's numbers, where they are not the dtype's."""
     compiled: Compiled | None = None
     refused: str = ""
     """Why the target's compiler gave up: most often, too much memory."""
@@ -68,6 +72,7 @@ class Plan:
             "layout": self.layout,
             "boundary": dataclasses.asdict(self.where.boundary),
             "dtype": self.dtype,
+            "quantised": self.held_as or None,
             **dataclasses.asdict(self.work),
             "memory_bytes": int(chip.memory_gib * GIB),
             "needed_bytes": self.needed,
@@ -90,10 +95,17 @@ def advise(plan: Plan) -> list[str]:
             return []
         beside = plan.needed - plan.cost.held
         room = advice.largest_batch(
-            plan.config, plan.where, plan.dtype, plan.work, int(chip.memory_gib * GIB) - beside
+            plan.config,
+            plan.where,
+            plan.dtype,
+            plan.work,
+            int(chip.memory_gib * GIB) - beside,
+            plan.recipe,
         )
         return [f"room for {room:,} sequences of {plan.work.context:,} tokens"] if room else []
-    changes = advice.changes(plan.config, plan.where, plan.dtype, plan.work, plan.target)
+    changes = advice.changes(
+        plan.config, plan.where, plan.dtype, plan.work, plan.target, plan.recipe
+    )
     lack = plan.needed - chip.memory_gib * GIB
     # How much the compiler lacked it does not say in a form to rely on.
     fits = lambda change: ", fits" if change.saved >= lack and not plan.refused else ""
@@ -110,11 +122,15 @@ def details(plan: Plan) -> str:
     new = f"{work.length:,} of {work.context:,}" if work.length == 1 else f"{work.context:,}"
     title = (
         f"Planned: {work.phase}, {plan.model}, {plan.layout} on {plan.target} "
-        f"({plan.target.chip.name}), {plan.dtype}, {work.batch:,} x {new} tokens: "
+        f"({plan.target.chip.name}), {_numbers(plan)}, {work.batch:,} x {new} tokens: "
         f"{'fits' if plan.fits else 'DOES NOT FIT'}{'' if made else ', by formula only'}"
     )
     shown = table([line[: len(rows[0])] for line in head] + rows)
     return "\n".join([title, "", shown, *_notes(plan)])
+
+
+def _numbers(plan: Plan) -> str:
+    return f"{plan.dtype}, {plan.held_as}" if plan.held_as else plan.dtype
 
 
 Row = tuple[str, ...]
@@ -183,7 +199,7 @@ def sweep(plans: Sequence[Plan]) -> str:
             (
                 plan.work.phase,
                 plan.layout,
-                plan.dtype,
+                _numbers(plan),
                 f"{plan.work.batch:,}",
                 f"{plan.work.context:,}",
                 _gib(plan.cost.weights),
@@ -258,6 +274,7 @@ def _name(plan: Plan, plans: Sequence[Plan]) -> str:
         "phase": work.phase,
         "layout": plan.layout,
         "dtype": plan.dtype,
+        "held_as": plan.held_as or "float",
         "batch": f"batch {work.batch:,}",
         "context": f"context {work.context:,}",
     }
@@ -285,6 +302,8 @@ def of(
     dtype: str,
     itemsize: int,
     work: Work,
+    recipe: Recipe = FLOAT,
+    held_as: str = "",
 ) -> Plan:
     """A plan by formula. Raises ConfigError where the model does not fit the layout."""
     return Plan(
@@ -296,5 +315,7 @@ def of(
         dtype,
         itemsize,
         work,
-        cost.of(config, where, dtype, work),
+        cost.of(config, where, dtype, work, recipe),
+        recipe,
+        held_as,
     )

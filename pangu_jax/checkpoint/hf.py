@@ -90,9 +90,8 @@ def load(
     said = read_description(folder, raw, config)
     tensors = Folder(folder)
     parts = check_tensors(config, tensors, said)
-    companions = _companions(folder)
     remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
-    origin = Origin(remembered, companions, folder.absolute())
+    origin = Origin(remembered, companions(folder), folder.absolute())
     recipe = FLOAT if said is None else said.recipe
     model = build.abstract(
         config, dtype=dtype, where=layout, form=form, origin=origin, recipe=recipe
@@ -147,7 +146,7 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
 
 
-def _companions(folder: Path) -> tuple[tuple[str, str], ...]:
+def companions(folder: Path) -> tuple[tuple[str, str], ...]:
     """Name and digest of the folder's companion files.
 
     A link that leads out of the folder and of the Hugging Face cache it lies in is not followed: a
@@ -402,7 +401,7 @@ def _write_folder(model: Pangu, folder: Path, shard_bytes: int, said: Descriptio
     config = hf_config.to_hf(model.config, dtype.name, original)
     write_description(folder, config, said, model.config)
     _write_weights(model, folder, dtype, shard_bytes, said)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     _copy_companions(model.origin, folder)
 
 
@@ -420,7 +419,7 @@ def write_description(
         if said.format == "compressed-tensors":
             raw[description.FIELD] = description.compressed(said.recipe, config)
         else:
-            _write_json(folder / description.FILE, description.msmodelslim(said.recipe, config))
+            write_json(folder / description.FILE, description.msmodelslim(said.recipe, config))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -493,7 +492,7 @@ def _write_weights(
             for file, shard in zip(files, shards, strict=True)
             for spec, _, _ in shard
         }
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _constants(
@@ -552,7 +551,7 @@ def _slices(
             yield own.reshape(spec.shape)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     with open(path, "x", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)  # ASCII: any string round-trips
         file.write("\n")

@@ -54,6 +54,11 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.end - self.start
+
 
 class File:
     """A checked safetensors file, mapped read-only.

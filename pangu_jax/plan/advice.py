@@ -10,6 +10,8 @@ from pangu_jax.parallel.layout import Layout
 from pangu_jax.plan import cost
 from pangu_jax.plan.cost import Work
 from pangu_jax.plan.target import Target
+from pangu_jax.quant import scheme
+from pangu_jax.quant.scheme import FLOAT, Recipe
 
 MOST_SEQUENCES = 2**20
 
@@ -23,19 +25,40 @@ class Change:
 
 
 def changes(
-    config: ModelConfig, where: Layout, dtype: str, work: Work, target: Target
+    config: ModelConfig,
+    where: Layout,
+    dtype: str,
+    work: Work,
+    target: Target,
+    recipe: Recipe = FLOAT,
 ) -> list[Change]:
     """Those that save anything, the one that saves most first."""
-    now = cost.of(config, where, dtype, work).held
+    now = cost.of(config, where, dtype, work, recipe).held
     found = []
-    for what, other, kind, less in _alternatives(where, dtype, work, target.num_devices):
+    alternatives = [
+        (*change, recipe) for change in _alternatives(where, dtype, work, target.num_devices)
+    ]
+    for what, other in _recipes(config, work, recipe):
+        alternatives.append((what, where, dtype, work, other))
+    for what, other, kind, less, held in alternatives:
         try:
-            saved = now - cost.of(config, other, kind, less).held
+            saved = now - cost.of(config, other, kind, less, held).held
         except ConfigError:  # a layout that the model does not fit
             continue
         if saved > 0:
             found.append(Change(what, saved))
     return sorted(found, key=lambda change: -change.saved)
+
+
+def _recipes(config: ModelConfig, work: Work, now: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Fewer bits, where nothing is trained."""
+    if work.phase == "train":
+        return
+    if not now.runs:
+        own = scheme.named("w8a8", config)
+        yield "int8 weights (recipe w8a8)", dataclasses.replace(now, runs=own.runs)
+    if now.cache is None:
+        yield "an int8 cache", dataclasses.replace(now, cache="int8")
 
 
 def _alternatives(
@@ -63,11 +86,16 @@ def _alternatives(
 
 
 def largest_batch(
-    config: ModelConfig, where: Layout, dtype: str, work: Work, memory: int
+    config: ModelConfig,
+    where: Layout,
+    dtype: str,
+    work: Work,
+    memory: int,
+    recipe: Recipe = FLOAT,
 ) -> int | None:
     """The most sequences that so many bytes of each device have room for; None if not even one."""
     fits = lambda batch: (
-        cost.of(config, where, dtype, dataclasses.replace(work, batch=batch)).held <= memory
+        cost.of(config, where, dtype, dataclasses.replace(work, batch=batch), recipe).held <= memory
     )
     if not fits(1):
         return None

@@ -21,6 +21,7 @@ from pangu_jax.parallel import fit
 from pangu_jax.parallel.layout import Axes, Layout
 from pangu_jax.plan.hlo import Traffic, received
 from pangu_jax.plan.target import Chip
+from pangu_jax.quant.scheme import FLOAT, Recipe
 
 Phase = Literal["decode", "prefill", "train"]
 
@@ -81,10 +82,12 @@ class Cost:
         }
 
 
-def of(config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work) -> Cost:
+def of(
+    config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work, recipe: Recipe = FLOAT
+) -> Cost:
     """The cost of a step. Raises ConfigError where the model does not fit the layout."""
-    size, shape = jnp.dtype(dtype).itemsize, Share(config, where, work)
-    weights = weight_bytes(config, where, dtype)
+    size, shape = jnp.dtype(dtype).itemsize, Share(config, where, work, recipe)
+    weights = weight_bytes(config, where, dtype, recipe=recipe)
     training = work.phase == "train"
     flops, read = shape.flops(), shape.weights_read(size) + shape.cache_bytes(size)
     if training:
@@ -101,21 +104,44 @@ def of(config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work) -> Cost
 
 
 def weight_bytes(
-    config: ModelConfig, where: Layout, dtype: DTypeLike, form: Form = "stacked"
+    config: ModelConfig,
+    where: Layout,
+    dtype: DTypeLike,
+    form: Form = "stacked",
+    recipe: Recipe = FLOAT,
 ) -> int:
     """Bytes of weights that each device holds."""
-    model = Pangu(config, form, dtype, where, where.abstract_mesh())
+    model = Pangu(config, form, dtype, where, where.abstract_mesh(), recipe=recipe)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(model)
     )
 
 
+def number_bytes(recipe: Recipe, leaf: str, layers: int, size: int) -> float:
+    """Bytes of one number of a layer's leaf, its share of scales apart, on average over layers.
+
+    size: of a float one
+    """
+    own = (dict(schemes).get(leaf) for schemes in recipe.layers(layers))
+    widths = [size if s is None else 0.5 if s.numbers == "int4" else 1.0 for s in own]
+    return sum(widths) / layers
+
+
+def head_bytes(recipe: Recipe, head_dim: int, size: int) -> int:
+    """Bytes of one token's key, or value, of one head in the cache."""
+    if recipe.cache is None:
+        return head_dim * size
+    return head_dim if recipe.cache_scales else head_dim + 4
+
+
 class Share:
     """What one device has of a step: sizes in the letters of `pangu_jax`, and sums of them."""
 
-    def __init__(self, config: ModelConfig, where: Layout, work: Work) -> None:
-        held = fit.held(config, where)
+    def __init__(
+        self, config: ModelConfig, where: Layout, work: Work, recipe: Recipe = FLOAT
+    ) -> None:
+        held, self.recipe = fit.held(config, where), recipe
         self.config, self.held, self.where, self.work = config, held, where, work
         self.L, self.D, self.H = config.num_layers, config.hidden_size, config.head_dim
         heads = where.size(where.of("heads"))
@@ -186,17 +212,30 @@ class Share:
 
     def weights_read(self, size: int) -> float:
         """Bytes of weights that a step must read once; experts as far as tokens pick them."""
-        layer = float(self.attention_params() + self.mlp_params())
-        if (moge := self.config.moge) is not None:
+        wide = lambda leaf: number_bytes(self.recipe, leaf, self.L, size)
+        fused, out = self.D * self.H * (self.Q + 2 * self.K), self.D * self.H * self.Q
+        layer = fused * wide("attention.qkv") + out * wide("attention.out")
+        moge, mlp = self.config.moge, "mlp." if self.config.moge is None else "mlp.shared."
+        swiglu = lambda name: (2 * wide(f"{name}gate_up") + wide(f"{name}down")) / 3
+        layer += self.mlp_params() * swiglu(mlp)
+        if moge is not None:
             of_group = moge.num_experts // moge.num_groups
             missed = (1 - moge.per_group / of_group) ** self.M
             held = moge.num_experts / self.where.size(self.where.of("expert"))
-            layer += held * (1 - missed) * self.expert_params() + self.D * moge.num_experts
-        return size * (self.L * layer + self.D * self.V)
+            layer += held * (1 - missed) * self.expert_params() * swiglu("mlp.")
+            layer += self.D * moge.num_experts * size
+        return self.L * layer + self.D * self.V * size
 
     def cache_bytes(self, size: int) -> int:
         """Bytes of keys and values of all layers."""
-        return 2 * self.L * self.rows * self.K * self.work.context * self.H * size
+        return (
+            2
+            * self.L
+            * self.rows
+            * self.K
+            * self.work.context
+            * head_bytes(self.recipe, self.H, size)
+        )
 
     def working(self, size: int) -> int:
         """An estimate of what a step needs beside weights and cache, at its widest place."""

@@ -1,0 +1,32 @@
+"""The `quantize` command: a quantised folder from a float one."""
+
+import time
+from pathlib import Path
+
+from infer import progress
+from infer.commands import Quantize
+from pangu_jax.checkpoint import hf, streamed
+from pangu_jax.checkpoint.folder import Folder
+from pangu_jax.checkpoint.quantised import Description
+from pangu_jax.quant import scheme
+
+
+def run(command: Quantize) -> int:
+    """Writes the folder and says how much smaller it is."""
+    source, target, start = Path(command.model), Path(command.output), time.perf_counter()
+    config, _ = hf.read_config(source)
+    said = Description(scheme.named(command.recipe, config), command.format)
+    with progress.reading("quantising") as advance:
+        streamed.quantise(source, target, said, advance)
+    before, after = (_gigabytes(folder) for folder in (source, target))
+    seconds = time.perf_counter() - start
+    print(
+        f"{target}: {command.recipe} ({command.format}), {after:.3g} GB of {before:.3g} in "
+        f"{seconds:.0f} s"
+    )
+    return 0
+
+
+def _gigabytes(folder: Path) -> float:
+    tensors = Folder(folder)
+    return sum(tensors.entry(name).nbytes for name in tensors.names) / 1e9
