@@ -105,7 +105,9 @@ def _count(tensors: Folder, parts: dict[str, tuple[names.Part, ...]]) -> str:
     files = {tensors.file_of(name) for name in tensors.names}
     dtypes = sorted({tensors.entry(name).dtype for name in used})
     ignored = len(tensors.names) - len(used)
-    note = f", {ignored} ignored (inv_freq or a tied head)" if ignored else ""
+    note = (
+        f", {ignored} ignored (inv_freq, a tied head, or what says nothing new)" if ignored else ""
+    )
     plural = "s" if len(files) > 1 else ""
     return f"{len(used)} as expected, {', '.join(dtypes)}, in {len(files)} file{plural}{note}"
 
@@ -114,7 +116,8 @@ def _check_values(
     tensors: Folder, parts: dict[str, tuple[names.Part, ...]], advance: progress.Advance
 ) -> tuple[Finding, np.ndarray]:
     """Whether all numbers are finite and no matrix is zero; also every router_scale."""
-    every = [part for leaf_parts in parts.values() for part in leaf_parts]
+    kinds = ("float", "scale")  # of integers nothing can be said
+    every = [part for own in parts.values() for part in own if part.kind in kinds]
     total = sum(tensors.read(part.name).nbytes for part in every)
     done, largest, scales = 0, 0.0, []
     for part in every:
@@ -127,7 +130,7 @@ def _check_values(
                 detail = f"{tensors.file_of(part.name)}: tensor {part.name} holds {bad} NaN or Inf"
                 return Finding(False, "values", detail), np.zeros(0)
             biggest = max(biggest, float(np.abs(wide).max()))
-        if biggest == 0.0 and not part.name.endswith(".bias"):
+        if biggest == 0.0 and part.kind == "float" and not part.name.endswith(".bias"):
             detail = f"{tensors.file_of(part.name)}: tensor {part.name} is all zeros"
             return Finding(False, "values", detail), np.zeros(0)
         if part.name.endswith("router_scale"):

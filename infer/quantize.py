@@ -18,15 +18,15 @@ def run(command: Quantize) -> int:
     said = Description(scheme.named(command.recipe, config), command.format)
     with progress.reading("quantising") as advance:
         streamed.quantise(source, target, said, advance)
-    before, after = (_gigabytes(folder) for folder in (source, target))
+    before, after = (_bytes(folder) for folder in (source, target))
     seconds = time.perf_counter() - start
     print(
-        f"{target}: {command.recipe} ({command.format}), {after:.3g} GB of {before:.3g} in "
-        f"{seconds:.0f} s"
+        f"{target}: {command.recipe} ({command.format}), {after / 1e6:,.1f} MB of "
+        f"{before / 1e6:,.1f} in {seconds:.0f} s"
     )
     return 0
 
 
-def _gigabytes(folder: Path) -> float:
+def _bytes(folder: Path) -> int:
     tensors = Folder(folder)
-    return sum(tensors.entry(name).nbytes for name in tensors.names) / 1e9
+    return sum(tensors.entry(name).nbytes for name in tensors.names)

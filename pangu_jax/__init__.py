@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pangu_jax.build import abstract, convert, init
+    from pangu_jax.build import abstract, convert, init, quantize
     from pangu_jax.checkpoint.hf import load, save_hf
     from pangu_jax.config import ModelConfig, MoGEConfig, preset
     from pangu_jax.errors import CheckpointError, ConfigError, InputError, PanguError
@@ -45,6 +45,7 @@ _HOMES = {
     "abstract": "pangu_jax.build",
     "convert": "pangu_jax.build",
     "init": "pangu_jax.build",
+    "quantize": "pangu_jax.build",
     "Trace": "pangu_jax.tracing",
     "trace": "pangu_jax.tracing",
 }

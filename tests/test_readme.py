@@ -32,7 +32,8 @@ SHELL = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 
 def test_commands_parse() -> None:
     ours = [shlex.split(line, comments=True) for line in SHELL if line.startswith("pangu-infer")]
-    assert {words[1] for words in ours} == {"check", "chat", "generate", "bench", "eval", "plan"}
+    shown = {"check", "chat", "generate", "bench", "eval", "plan", "quantize"}
+    assert {words[1] for words in ours} == shown
     for words in ours:
         cli.parse("pangu-infer", "", commands.COMMANDS, words[1:])
     ours = [shlex.split(line, comments=True) for line in SHELL if line.startswith("pangu-train")]

@@ -1,12 +1,12 @@
 """Keys and values in int8, and attention's two products with them.
 
 No float copy of a cache is made. XLA for GPU and TPU takes the numbers to floats inside of the
-product; on CPU it would copy them first, so there they go through in blocks of SLOTS.
+product; on CPU it would copy them first, so there they go through in blocks of SLOTS, and in
+float32 (XLA of JAX 0.10 has no such product of bf16).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -71,13 +71,11 @@ def scores(queries: Float[Array, "B T K g H"], keys: Rows) -> Float[Array, "B K 
         return jnp.einsum("btkgh,bksh->bkgts", queries, floats, preferred_element_type=jnp.float32)
 
     def in_blocks(numbers: Array, queries: Array) -> Array:
-        size = _block(numbers)
-        blocks = lax.map(
-            lambda i: product(_slots(numbers, i, size), queries), _count(numbers, size)
-        )
+        size, wide = _block(numbers), queries.astype(jnp.float32)
+        blocks = lax.map(lambda i: product(_slots(numbers, i, size), wide), _count(numbers, size))
         return jnp.moveaxis(blocks, 0, -2).reshape(*blocks.shape[1:-1], -1)
 
-    found = _by_platform(product, in_blocks, keys.numbers, queries)
+    found: Array = lax.platform_dependent(keys.numbers, queries, cpu=in_blocks, default=product)
     return found if keys.scale is None else found * keys.scale[:, :, None, None]
 
 
@@ -90,25 +88,20 @@ def mix(
     weights = weights.astype(dtype)
 
     def product(numbers: Array, weights: Array) -> Array:
-        floats = numbers.astype(dtype)
+        floats = numbers.astype(weights.dtype)
         return jnp.einsum("bkgts,bksh->btkgh", weights, floats, preferred_element_type=jnp.float32)
 
     def in_blocks(numbers: Array, weights: Array) -> Array:
-        size = _block(numbers)
-        cut = lambda i: lax.dynamic_slice_in_dim(weights, i * size, size, axis=-1)
-        add = lambda total, i: (total + product(_slots(numbers, i, size), cut(i)), None)
-        first = product(_slots(numbers, jnp.int32(0), size), cut(jnp.int32(0)))
-        return lax.scan(add, first, _count(numbers, size)[1:])[0]
+        size, wide = _block(numbers), weights.astype(jnp.float32)
+        cut = lambda i: lax.dynamic_slice_in_dim(wide, i * size, size, axis=-1)
+        of_block = lambda i: product(_slots(numbers, i, size), cut(i))
+        add = lambda total, i: (total + of_block(i), None)
+        return lax.scan(add, of_block(jnp.int32(0)), _count(numbers, size)[1:])[0]
 
-    found = _by_platform(product, in_blocks, values.numbers, weights)
-    found = found if values.channels is None else found * values.channels[:, None]
+    found: Array = lax.platform_dependent(values.numbers, weights, cpu=in_blocks, default=product)
+    if values.channels is not None:
+        found = found * values.channels[:, None]
     return found.astype(dtype)
-
-
-def _by_platform(whole: Callable, in_blocks: Callable, numbers: Array, other: Array) -> Array:
-    if _block(numbers) == numbers.shape[2]:
-        return whole(numbers, other)
-    return lax.platform_dependent(numbers, other, cpu=in_blocks, default=whole)
 
 
 def _block(numbers: Array) -> int:

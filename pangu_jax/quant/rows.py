@@ -30,8 +30,18 @@ def to_numbers(ratio: Float[Array, "*shape"], kind: str) -> Shaped[Array, "*shap
     """The nearest numbers of a kind, clipped to its largest."""
     largest = LARGEST[kind]
     if kind == "float8_e4m3fn":
-        return jnp.clip(ratio, -largest, largest).astype(FP8)
+        return _nearest_fp8(jnp.clip(ratio, -largest, largest)).astype(FP8)
     return jnp.clip(jnp.round(ratio), -largest, largest).astype(jnp.int8)
+
+
+def _nearest_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The nearest e4m3 number: four bits from the leading one on, down to 2^-9.
+
+    Written out, because XLA's own conversions round twice on some platforms.
+    """
+    exponent = jnp.maximum(jnp.frexp(x)[1] - 1, -6)
+    quantum = jnp.ldexp(jnp.float32(1), exponent - 3)
+    return jnp.round(x / quantum) * quantum
 
 
 def dequantize(
