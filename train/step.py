@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from pangu_jax import build
 from pangu_jax.model import Pangu
 from pangu_jax.pytree import pytree
+from pangu_jax.quant import leaves
 from train import objectives
 from train.objectives import Batch
 
@@ -48,14 +49,12 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def split(model: Pangu, frozen: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
-    """The weights that are trained and the others, by leaf name. Integers are never trained."""
-    leaves = build.weights(model)
-    still = {
-        name
-        for name, leaf in leaves.items()
-        if frozen(name) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    return {n: x for n, x in leaves.items() if n not in still}, {n: leaves[n] for n in still}
+    """The weights that are trained and the others, by leaf name. Parts of quantised ones are never
+    trained.
+    """
+    found = build.weights(model)
+    still = {name for name in found if frozen(name) or leaves.is_fixed(name)}
+    return {n: x for n, x in found.items() if n not in still}, {n: found[n] for n in still}
 
 
 def merge(like: Pangu, trainable: Leaves, frozen: Leaves) -> Pangu:

@@ -429,7 +429,7 @@ def _check_leaves(model: Pangu) -> None:
     for name, leaf in build.named_leaves(model):
         if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
             raise CheckpointError(f"{name} holds no data: only a model with weights can be saved")
-        if leaves.split(name)[1] or name.endswith("cache_scale"):
+        if leaves.is_fixed(name):
             continue
         if leaf.dtype.name not in FLOATS or leaf.dtype != model.dtype:
             raise CheckpointError(

@@ -15,6 +15,7 @@ from pangu_jax.quant.scheme import Scheme, Schemes
 from pangu_jax.quant.weight import DTYPES, Weight
 
 PARTS = ("numbers", "scale", "input_scale", "offset", "bias")
+CACHE_SCALE = "attention.cache_scale"
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -22,6 +23,11 @@ def split(name: str) -> tuple[str, str | None]:
     leaf, _, part = name.rpartition(".")
     quantised = part in PARTS and leaf.endswith(("qkv", "out", "gate_up", "down"))
     return (leaf, part) if quantised else (name, None)
+
+
+def is_fixed(name: str) -> bool:
+    """Whether a leaf is part of something quantised: it has no gradient."""
+    return split(name)[1] is not None or name.endswith(CACHE_SCALE)
 
 
 def hold(block: Any, schemes: Schemes, *, lead: int, experts: bool) -> None:
