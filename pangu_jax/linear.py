@@ -1,7 +1,5 @@
 """The one product of activations with weights kept in [out, in] order."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,12 +39,3 @@ def linear(
 
 def _product(x: Array, weight: Array, dtype: DTypeLike | None) -> Array:
     return jnp.einsum("nd,ed->ne", x, weight, preferred_element_type=dtype)
-
-
-def exact_if_float32(dtype: DTypeLike) -> contextlib.AbstractContextManager:
-    """Full float32 products for a float32 model on every platform: TF32 and bf16 passes break
-    parity.
-    """
-    if dtype == jnp.float32:
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()

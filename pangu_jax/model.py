@@ -39,7 +39,7 @@ from pangu_jax import rope, tokens_and_mask
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
-from pangu_jax.linear import exact_if_float32, linear
+from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import Experts, MoGE, Routing
 from pangu_jax.norm import RMSNorm
@@ -47,6 +47,7 @@ from pangu_jax.origin import Origin
 from pangu_jax.parallel import boundary, fit
 from pangu_jax.parallel.layout import Layout, Role
 from pangu_jax.parallel.on_mesh import on_mesh, pad_rows
+from pangu_jax.precision import exact_if_float32
 from pangu_jax.quant import leaves
 from pangu_jax.quant.scheme import FLOAT, Recipe
 

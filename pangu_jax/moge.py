@@ -21,10 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.cache import Meta
 from pangu_jax.config import ModelConfig
-from pangu_jax.linear import exact_if_float32, linear
+from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP, swiglu
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
+from pangu_jax.precision import exact_if_float32
 from pangu_jax.pytree import pytree, unchecked
 from pangu_jax.quant.weight import Weight
 

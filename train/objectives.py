@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from pangu_jax import model as pangu
 from pangu_jax.cache import Meta
-from pangu_jax.linear import exact_if_float32, linear
+from pangu_jax.linear import linear
 from pangu_jax.model import Pangu
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.on_mesh import on_mesh
+from pangu_jax.precision import exact_if_float32
 from pangu_jax.pytree import pytree
 
 # Tokens whose float32 logits are held at once; the backward pass computes them again. At the

@@ -1,7 +1,8 @@
 """Keys and values in int8, and attention's two products with them.
 
 No float copy of a cache is made. XLA for GPU and TPU takes the numbers to floats inside of the
-product; on CPU it would copy them first, so there they go through in blocks of SLOTS, and in
+product; on CPU it would copy them first, so there they go through in blocks of SLOTS (of a capacity
+that such blocks divide: generation's are powers of two), and in
 float32 (XLA of JAX 0.10 has no such product of bf16).
 """
 
@@ -51,7 +52,7 @@ def to_rows(x: Float[Array, "B K T H"], channels: Float[Array, "K H"] | None) ->
     if channels is None:
         numbers, scale = rows.quantize(x)
         return Rows(numbers, scale[..., 0])
-    ratio = x.astype(jnp.float32) / jnp.where(channels > 0, channels, 1)[:, None]
+    ratio = x.astype(jnp.float32) / jnp.where(channels > 0, channels, 1)[None, :, None]
     return Rows(rows.to_numbers(ratio, "int8"), channels=channels)
 
 
@@ -62,8 +63,9 @@ def with_channels(held: Rows, channels: Float[Array, "K H"] | None) -> Rows:
 
 def scores(queries: Float[Array, "B T K g H"], keys: Rows) -> Float[Array, "B K g T S"]:
     """queries @ keys^T in float32, a head at a time."""
+    _check(keys)
     if keys.channels is not None:
-        wide = queries.astype(jnp.float32) * keys.channels[:, None]
+        wide = queries.astype(jnp.float32) * keys.channels[None, None, :, None]
         queries = wide.astype(queries.dtype)
 
     def product(numbers: Array, queries: Array) -> Array:
@@ -83,8 +85,12 @@ def mix(
     weights: Float[Array, "B K g T S"], values: Rows, dtype: DTypeLike
 ) -> Float[Array, "B T K g H"]:
     """weights @ values, a head at a time; products in `dtype`, sums in float32."""
-    if values.scale is not None:
-        weights = weights * values.scale[:, :, None, None]
+    _check(values)
+    largest = None
+    if values.scale is not None:  # in parts of the largest: float16 could not hold them else
+        largest = jnp.max(values.scale, axis=-1)
+        part = values.scale / jnp.where(largest > 0, largest, 1)[..., None]
+        weights = weights * part[:, :, None, None]
     weights = weights.astype(dtype)
 
     def product(numbers: Array, weights: Array) -> Array:
@@ -99,9 +105,16 @@ def mix(
         return lax.scan(add, of_block(jnp.int32(0)), _count(numbers, size)[1:])[0]
 
     found: Array = lax.platform_dependent(values.numbers, weights, cpu=in_blocks, default=product)
+    if largest is not None:
+        found = found * largest[:, None, :, None, None]
     if values.channels is not None:
-        found = found * values.channels[:, None]
+        found = found * values.channels[None, None, :, None]
     return found.astype(dtype)
+
+
+def _check(held: Rows) -> None:
+    if held.scale is None and held.channels is None:
+        raise ValueError("numbers without scales: the cache was written with fixed ones")
 
 
 def _block(numbers: Array) -> int:

@@ -1,6 +1,7 @@
 """Products of activations with quantised matrices.
 
-    float activations      (x @ numbers^T) * scale, numbers taken to x's dtype
+    float activations      (x @ numbers^T) * scale, numbers taken to x's dtype; of int4
+                           x @ (numbers * scale)^T
     dynamic, static        integers times integers, summed in int32 and scaled once; fp8 likewise,
                            summed in float32
 
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from pangu_jax.parallel import boundary
+from pangu_jax.precision import exact_if_float32
 from pangu_jax.quant import rows
 from pangu_jax.quant.weight import KINDS, Weight
 
@@ -60,7 +62,8 @@ def _forward(x: Array, weight: Weight, dtype: jnp.dtype) -> tuple[Array, Any]:
 def _backward(dtype: jnp.dtype, kept: Any, grad: Array) -> tuple[Array, None]:
     weight, like = kept
     floats = weight.floats(like.dtype)
-    return jnp.einsum("ne,ed->nd", grad.astype(like.dtype), floats), None
+    with exact_if_float32(like.dtype):  # traced outside of the model's own request
+        return jnp.einsum("ne,ed->nd", grad.astype(like.dtype), floats), None
 
 
 _product.defvjp(_forward, _backward)
@@ -120,7 +123,7 @@ def _taken_to_floats(x: Array, weight: Weight) -> Array:
 def _in_digits(x: Array, weight: Weight) -> Array:
     """x = (first + second / 254 + third / 254^2) * scale, up to 2^-23 of a row's largest."""
     wide, digits = x.astype(jnp.float32), []
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    scale = rows.scales(wide, "int8")
     left = wide / jnp.where(scale > 0, scale, 1)
     for _ in range(3):
         digit = rows.to_numbers(left, "int8")

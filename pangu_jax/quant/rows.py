@@ -5,6 +5,7 @@ msModelSlim call symmetric min-max). A row of zeros has a scale of 0.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -22,8 +23,15 @@ def quantize(
     value (or 2^-10 of the scale) for fp8.
     """
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / LARGEST[kind]
+    scale = scales(wide, kind)
     return to_numbers(wide / jnp.where(scale > 0, scale, 1), kind), scale
+
+
+def scales(wide: Float[Array, "*rows D"], kind: str) -> Float[Array, "*rows 1"]:
+    """Of each row: its largest number, times the reciprocal of the kind's largest (XLA would make
+    that of a division).
+    """
+    return jnp.max(jnp.abs(wide), axis=-1, keepdims=True) * np.float32(1 / LARGEST[kind])
 
 
 def to_numbers(ratio: Float[Array, "*shape"], kind: str) -> Shaped[Array, "*shape"]:
