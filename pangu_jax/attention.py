@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         self.qkv_bias = param(K, fused, H, heads=0) if config.attention_bias else None
         self.out = param(D, config.num_heads * H, heads=1, fsdp=0)
         self.out_bias = param(D) if config.attention_bias else None
-        self.cache_scale: nnx.Param | None = None
+        self.cache_scale: nnx.Param | None = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "N D"], angles: rope.Table, meta: Meta, cache: LayerCache | None

@@ -177,7 +177,7 @@ def take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
     return Cache(_each(cache.keys, take), _each(cache.values, take), cache.length[rows])
 
 
-def _each(buffers: tuple[Array | Rows, ...], change: Callable[[Array, int], Any]) -> Any:
+def _each(buffers: tuple[Any, ...], change: Callable[[Any, int], Any]) -> Any:
     """`change(leaf, axes before the batch)` of every array [.., B, K, S, ..] of the buffers."""
     of_one = lambda buffer: jax.tree.map(lambda leaf: change(leaf, buffer.ndim - 4), buffer)
     return tuple(map(of_one, buffers))

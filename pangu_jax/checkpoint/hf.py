@@ -132,7 +132,9 @@ def read_description(folder: Path, raw: dict[str, Any], config: ModelConfig) -> 
         return description.read(folder, raw, config)
     except ConfigError as error:
         text = str(error)
-        raise CheckpointError(text if str(folder) in text else f"{folder}: {text}") from None
+        raise CheckpointError(
+            text if str(folder) in text else f"{folder / 'config.json'}: {text}"
+        ) from None
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

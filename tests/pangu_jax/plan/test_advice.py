@@ -13,6 +13,8 @@ from pangu_jax.parallel.layout import Layout
 from pangu_jax.plan import advice, cost
 from pangu_jax.plan import target as targets
 from pangu_jax.plan.cost import Work
+from pangu_jax.quant import scheme
+from pangu_jax.quant.scheme import Recipe
 from tests import layouts
 
 # Layers of the large model, fewer of them: there is nothing else to a layer.
@@ -46,6 +48,10 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
             found[f"{2 * devices} devices (mesh.{axis} = {size})"] = held(twice, dtype, work)
     if dtype == "float32" and work.phase != "train":
         found["bfloat16 instead of float32"] = held(where, "bfloat16", work)
+    if work.phase != "train":
+        of = lambda recipe: cost.of(LARGE, where, dtype, work, recipe).held
+        found["int8 weights (recipe w8a8)"] = of(scheme.named("w8a8", LARGE))
+        found["an int8 cache"] = of(Recipe(cache="int8"))
     for name in FILES:
         try:
             other = layout.load(name).over(devices)
@@ -92,7 +98,16 @@ def test_nothing_is_advised_that_is_not_less() -> None:
     assert {change.what for change in found} == {
         "2 devices (mesh.x = 2)",
         "2 devices (mesh.y = 2)",
+        "int8 weights (recipe w8a8)",
     }
+
+
+def test_what_is_in_eight_bits_is_not_advised_again() -> None:
+    config = pangu_jax.preset("embedded-1b")
+    recipe = scheme.named("w8a8", config, "int8")
+    one = layout.load("single")
+    found = advice.changes(config, one, "bfloat16", DECODE, targets.load("v5e"), recipe)
+    assert not [change.what for change in found if "int8" in change.what]
 
 
 def test_layouts_that_the_model_does_not_fit_are_left_out() -> None:

@@ -32,6 +32,8 @@ from pangu_jax.plan.cost import Cost, Work
 from pangu_jax.plan.hlo import Traffic
 from pangu_jax.plan.target import Chip
 from pangu_jax.pytree import unchecked
+from pangu_jax.quant import scheme
+from pangu_jax.quant.scheme import Recipe
 from tests import layouts
 from train import objectives
 
@@ -123,6 +125,38 @@ def test_the_72b_on_eight_devices() -> None:
     numbers = 48 * layer + 2 * vocabulary * D // 8 + D
     config = pangu_jax.preset("pro-moe-72b")
     assert cost.weight_bytes(config, layout.load("h2p-8"), "bfloat16") == 2 * numbers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number"), [("w8a8", 1.0), ("w8a16", 1.0), ("fp8", 1.0), ("w4a16", 0.5)]
+)
+def test_a_quantised_72b(recipe: str, number: float) -> None:
+    """Bytes of the matrices' numbers, four of each scale, two of what stays float."""
+    config = pangu_jax.preset("pro-moe-72b")
+    held = scheme.named(recipe, config)
+    D, E, F, S, heads = 5120, 64, 1344, 4 * 1344, 40
+    rows = [(D, (heads + 16) * 128 + 2 * F * E + 2 * S), (heads * 128, D), (F, D * E), (S, D)]
+    matrices = sum(width * count for width, count in rows)
+    group = held.runs[0][1][0][1].group
+    scales = sum(count * (width // group if group else 1) for width, count in rows)
+    other = config.num_parameters - 48 * matrices
+    size = 48 * (number * matrices + 4 * scales) + 2 * other
+    assert cost.weight_bytes(config, SINGLE, "bfloat16", recipe=held) == size
+    read = cost.of(config, SINGLE, "bfloat16", Work("prefill", 1, 4096), held).read
+    passed = size - 2 * config.vocab_size * D
+    assert read - 4096 * 196_608 == pytest.approx(passed, rel=0.12 if group else 2e-3)
+
+
+@pytest.mark.parametrize(("fixed", "of_head"), [(False, 132), (True, 128)])
+def test_an_int8_cache(fixed: bool, of_head: int) -> None:
+    config, work = pangu_jax.preset("pro-moe-72b"), Work("decode", 16, 2048)
+    recipe = Recipe(cache="int8", cache_scales=fixed)
+    found = cost.of(config, SINGLE, "bfloat16", work, recipe).cache
+    assert found == 48 * 2 * 8 * 16 * 2048 * of_head
+    model = build.abstract(config, where=SINGLE, form="stacked", recipe=recipe)
+    held = jax.eval_shape(lambda: model.empty_cache(16, 2048))
+    leaves = jax.tree.leaves((held.keys, held.values))
+    assert found == sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def test_the_72bs_cache() -> None:
