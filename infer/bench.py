@@ -27,6 +27,7 @@ from pangu_jax.model import Pangu
 from pangu_jax.plan import cost
 from pangu_jax.quant import leaves
 from pangu_jax.quant.scheme import FLOAT
+from pangu_jax.quant.weight import nbytes
 
 BANDWIDTH_BYTES = 2**30
 FLOPS_SIDE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
@@ -154,17 +155,17 @@ def step_bytes(model: Pangu, length: int, batch: int) -> int:
     looked up; experts as if no two rows shared one, at most all of them), and the KV cache.
     """
     config, size = model.config, model.dtype.itemsize
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    held = nbytes(model)
     if config.moge is not None:
         idle = config.moge.num_experts - min(
             batch * config.moge.experts_per_token, config.moge.num_experts
         )
         experts = [
-            leaf.nbytes
+            leaf
             for name, leaf in build.named_leaves(model)
             if leaves.split(name)[0].endswith(("mlp.gate_up", "mlp.down"))
         ]
-        held -= sum(experts) * idle // config.moge.num_experts
+        held -= nbytes(experts) * idle // config.moge.num_experts
     if not config.tie_embeddings:
         held -= config.vocab_size * config.hidden_size * size
     heads = 2 * config.num_layers * config.num_kv_heads

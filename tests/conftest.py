@@ -21,6 +21,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
     """A compiled program keeps several memory maps, of which Linux grants a process 65,530: without

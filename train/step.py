@@ -49,11 +49,15 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def split(model: Pangu, frozen: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
-    """The weights that are trained and the others, by leaf name. Parts of quantised ones are never
-    trained.
+    """The weights that are trained and the others, by leaf name. Integers and parts of quantised
+    matrices are never trained.
     """
     found = build.weights(model)
-    still = {name for name in found if frozen(name) or leaves.is_fixed(name)}
+    still = {
+        name
+        for name, leaf in found.items()
+        if frozen(name) or leaves.is_fixed(name) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
     return {n: x for n, x in found.items() if n not in still}, {n: found[n] for n in still}
 
 

@@ -70,7 +70,7 @@ def _plan(part: Part, leaf: str, said: Description, dtype: np.dtype) -> Plan:
     scheme = said.recipe.scheme(leaf)
     if scheme is None:
         spec = safetensors.Spec(part.name, dtype, part.shape)
-        return Plan(part.name, [spec], lambda floats: iter([floats.astype(dtype, copy=False)]))
+        return Plan(part.name, [spec], lambda floats: iter([_as_stored(part.name, floats, dtype)]))
     made = quantised.tensors(part, scheme, said.format)
     specs = [
         safetensors.Spec(one.name, quantised.stored(one, dtype), one.shape) for one in made.values()
@@ -94,6 +94,14 @@ def _plan(part: Part, leaf: str, said: Description, dtype: np.dtype) -> Plan:
         yield from fixed
 
     return Plan(part.name, specs, rounded)
+
+
+def _as_stored(name: str, floats: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what does not fit is found below
+        stored = floats.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(stored).all():
+        raise CheckpointError(f"tensor {name} does not fit float16")
+    return stored
 
 
 _quantise = jax.jit(weights.quantize, static_argnums=1)

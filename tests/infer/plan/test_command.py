@@ -114,7 +114,8 @@ def test_json_is_one_object_and_says_that_it_is_planned(capsys) -> None:
     for plan in (decode, prefill):
         assert plan["label"] == "planned"
         assert set(plan) == {
-            *("label", "model", "target", "layout", "boundary", "dtype", "phase", "batch"),
+            *("label", "model", "target", "layout", "boundary", "dtype", "quantised"),
+            *("phase", "batch"),
             *("context", "memory_bytes", "needed_bytes", "fits", "formula", "refused"),
             *("compiled", "seconds", "bound", "tokens_per_s_at_most", "advice"),
         }
