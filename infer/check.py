@@ -56,7 +56,7 @@ def inspect(folder: Path, skip_run: bool = False) -> Iterator[Finding]:
             yield Finding(True, stage, _describe_tokenizer(tokenizer, config))
         stage = "tensors"
         tensors = Folder(folder)
-        said = hf.read_description(folder, raw, config)
+        said = hf.read_description(tensors, raw, config)
         parts = hf.check_tensors(config, tensors, said)
         yield Finding(True, stage, _count(tensors, parts))
         exact = f"{config.num_parameters:,}, {config.num_active_parameters:,} active per token"
@@ -116,7 +116,7 @@ def _check_values(
     tensors: Folder, parts: dict[str, tuple[names.Part, ...]], advance: progress.Advance
 ) -> tuple[Finding, np.ndarray]:
     """Whether all numbers are finite and no matrix is zero; also every router_scale."""
-    kinds = ("float", "scale")  # of integers nothing can be said
+    kinds = ("float", "scale", "fp8")  # of integers nothing can be said
     every = [part for own in parts.values() for part in own if part.kind in kinds]
     total = sum(tensors.read(part.name).nbytes for part in every)
     done, largest, scales = 0, 0.0, []
@@ -128,6 +128,9 @@ def _check_values(
             if not np.isfinite(wide).all():
                 bad = int((~np.isfinite(wide)).sum())
                 detail = f"{tensors.file_of(part.name)}: tensor {part.name} holds {bad} NaN or Inf"
+                return Finding(False, "values", detail), np.zeros(0)
+            if part.kind == "scale" and (wide < 0).any():
+                detail = f"{tensors.file_of(part.name)}: tensor {part.name} has a negative scale"
                 return Finding(False, "values", detail), np.zeros(0)
             biggest = max(biggest, float(np.abs(wide).max()))
         if biggest == 0.0 and part.kind == "float" and not part.name.endswith(".bias"):

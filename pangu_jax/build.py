@@ -166,7 +166,9 @@ def quantize(model: Pangu, recipe: Recipe | str) -> Pangu:
     Raises ConfigError for a recipe that does not fit, or a model that is quantised already.
     """
     if isinstance(recipe, str):
-        recipe = schemes.named(recipe, model.config, model.recipe.cache)
+        recipe = schemes.named(recipe, model.config)
+        kept: Any = dict(cache=model.recipe.cache, cache_scales=model.recipe.cache_scales)
+        recipe = dataclasses.replace(recipe, **kept)
     if model.recipe.runs:
         raise ConfigError("the model is quantised already: its float weights are gone")
     where, mesh, origin = model.layout, model.mesh, model.origin

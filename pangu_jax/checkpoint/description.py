@@ -5,7 +5,7 @@ Descriptions are hostile until checked: whatever is not understood is refused by
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,27 @@ FILE = "quant_model_description.json"
 FIELD = "quantization_config"
 CACHE_TYPE = "C8"
 
-MAX_PATTERNS = 4096
-MAX_PATTERN = 20_000
-# Patterns without nesting take polynomial time at worst; this many wild cards are no harm.
-MAX_WILD = 3
+MAX_PATTERNS = 64
+MAX_PATTERN = 50_000  # characters of all together
+# Of wild cards in one pattern: matching takes time to that power.
+MAX_WILD = 4
+_LITERAL = r"(?:[\w-]|\\\.|\[\.\])"
+SIMPLE = re.compile(
+    rf"\^?(?:{_LITERAL}|\.[*+]?|(?:\\d|\[0-9\])\+?|\((?:\?:)?{_LITERAL}+(?:\|{_LITERAL}+)*\))*\$?"
+)
 
 PACKINGS = {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}
 TYPES = {"W8A8": Scheme("int8", "static"), "W8A8_DYNAMIC": Scheme("int8", "dynamic")}
 
 
-def read(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Description | None:
-    """The folder's description, None for a float model. Raises ConfigError."""
+def read(
+    folder: Path, raw: dict[str, Any], config: ModelConfig, there: Container[str]
+) -> Description | None:
+    """The folder's description, None for a float model. Raises ConfigError.
+
+    there: the names of its tensors; a config may claim billions, and the first that is missing ends
+        the reading
+    """
     said, file = raw.get(FIELD), folder / FILE
     if said is not None:
         if not isinstance(said, dict) or said.get("quant_method") != "compressed-tensors":
@@ -40,20 +50,25 @@ def read(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Description 
                 f"{FIELD}: quant_method {strict.describe(method)} is not supported; known: "
                 f"compressed-tensors, and msModelSlim's {FILE}"
             )
-        return Description(_read_compressed(said, config), "compressed-tensors")
+        return Description(_read_compressed(said, config, there), "compressed-tensors")
     if file.exists():
-        return Description(_read_msmodelslim(file, config), "msmodelslim")
+        return Description(_read_msmodelslim(file, config, there), "msmodelslim")
     return None
 
 
-def _recipe(config: ModelConfig, scheme_of: Any) -> Recipe:
+def _recipe(config: ModelConfig, scheme_of: Any, there: Container[str]) -> Recipe:
     """The recipe in which each matrix has `scheme_of(its tensors' names)`; parts of one leaf must
     agree.
     """
     layers: list[Schemes] = []
     found: dict[str, Scheme | None] = {}
     for leaf, parts in names.leaves(config):
-        every = [part.name for part in parts if part.name.endswith(".weight")]
+        every = []
+        for part in parts:
+            if part.name.endswith(".weight"):
+                if part.name not in there and f"{part.name}_packed" not in there:
+                    raise ConfigError(f"missing tensor {part.name}")
+                every.append(part.name)
         own = {scheme_of(name) for name in every}
         if len(own) > 1:
             raise ConfigError(
@@ -75,7 +90,7 @@ def _spelled(every: list[str]) -> str:
     return shown + (" and others" if len(every) > 3 else "")
 
 
-def _read_compressed(said: dict[str, Any], config: ModelConfig) -> Recipe:
+def _read_compressed(said: dict[str, Any], config: ModelConfig, there: Container[str]) -> Recipe:
     groups = said.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise ConfigError(f"{FIELD}: needs config_groups")
@@ -95,9 +110,13 @@ def _read_compressed(said: dict[str, Any], config: ModelConfig) -> Recipe:
         linear = not module.endswith(("norm", "layernorm", "embed_tokens"))
         if not linear or module in ignored:
             return None
-        return next((scheme for patterns, scheme in held if module in patterns), None)
+        for rank in ("exact", "patterns", "all"):  # names before patterns before classes
+            for patterns, scheme in held:
+                if patterns.have(module, rank):
+                    return scheme
+        return None
 
-    return _recipe(config, scheme_of)
+    return _recipe(config, scheme_of, there)
 
 
 def _objects(table: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -119,23 +138,25 @@ class _Patterns:
         self.all = "Linear" in given
         self.exact = {item for item in given if not item.startswith("re:")}
         patterns = [item.removeprefix("re:") for item in given if item.startswith("re:")]
-        if len(patterns) > MAX_PATTERNS:
-            raise ConfigError(f"{where}: {len(patterns)} patterns are too many")
+        if len(patterns) > MAX_PATTERNS or sum(map(len, patterns)) > MAX_PATTERN:
+            raise ConfigError(f"{where}: {len(patterns)} patterns are too many or too long")
         self.patterns = [_compile(pattern, where) for pattern in patterns]
 
     def __contains__(self, module: str) -> bool:
-        if self.all or module in self.exact:
-            return True
-        return any(pattern.match(module) for pattern in self.patterns)
+        return any(self.have(module, rank) for rank in ("exact", "patterns", "all"))
+
+    def have(self, module: str, rank: str) -> bool:
+        """Whether a module is named: exactly, by a pattern, or as one of all."""
+        if rank == "patterns":
+            return any(pattern.match(module) for pattern in self.patterns)
+        return self.all if rank == "all" else module in self.exact
 
 
 def _compile(pattern: str, where: str) -> re.Pattern[str]:
-    """A pattern by a stranger. Refused is what could take for ever: repeated groups and many wild
-    cards.
+    """A pattern by a stranger. Refused is what could take for ever: anything but literals, numbers,
+    alternatives of literals, and a few wild cards.
     """
-    plain = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    slow = len(pattern) > MAX_PATTERN or re.search(r"\)[*+?{]|[*+?}][*+{]|\(\?", plain)
-    if slow or len(re.findall(r"[*+{]", plain)) > MAX_WILD:
+    if not SIMPLE.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > MAX_WILD:
         raise ConfigError(f"{where}: the pattern {strict.shorten(pattern)} is too complicated")
     try:
         return re.compile(pattern)
@@ -155,7 +176,8 @@ def _scheme(group: dict[str, Any], where: str) -> Scheme:
         ("float", 8, "channel"): "fp8",
         ("int", 4, "group"): "int4",
     }
-    if kind not in known or weights.get("symmetric", True) is not True or weights.get("actorder"):
+    plain = all(isinstance(part, str | int) for part in kind) and kind in known
+    if not plain or weights.get("symmetric", True) is not True or weights.get("actorder"):
         raise ConfigError(
             f"{where}.weights = {strict.describe(weights)} is not supported; known: symmetric "
             "int 8 and float 8 by channel, int 4 by group"
@@ -163,10 +185,13 @@ def _scheme(group: dict[str, Any], where: str) -> Scheme:
     numbers, group_size = known[kind], None
     if numbers == "int4":
         group_size = strict.coerce(int, weights.get("group_size"), f"{where}.weights.group_size")
+        if group_size < 8 or group_size % 8:
+            raise ConfigError(f"{where}.weights.group_size must be a multiple of 8: {group_size}")
     if inputs is None:
         return Scheme(numbers, group=group_size)
     wanted = {"type": kind[0], "num_bits": 8, "strategy": "token", "dynamic": True}
-    if not isinstance(inputs, dict) or any(inputs.get(k) != v for k, v in wanted.items()):
+    same = isinstance(inputs, dict) and inputs.get("symmetric", True) is True
+    if not same or any(inputs.get(key) != value for key, value in wanted.items()):
         raise ConfigError(
             f"{where}.input_activations = {strict.describe(inputs)} is not supported; known: the "
             "weights' type in 8 bits, dynamic, by token"
@@ -174,19 +199,19 @@ def _scheme(group: dict[str, Any], where: str) -> Scheme:
     return Scheme(numbers, "dynamic", group_size)
 
 
-def _read_msmodelslim(file: Path, config: ModelConfig) -> Recipe:
+def _read_msmodelslim(file: Path, config: ModelConfig, there: Container[str]) -> Recipe:
     said = strict.read_json_object(file)
 
     def scheme_of(tensor: str) -> Scheme | None:
         kind = said.get(tensor, "FLOAT")
-        if kind not in (*TYPES, "FLOAT"):
+        if not isinstance(kind, str) or kind not in (*TYPES, "FLOAT"):
             raise ConfigError(
                 f"{file}: {tensor} is {strict.describe(kind)}; known: {', '.join(TYPES)}, FLOAT"
             )
         return TYPES.get(kind)
 
     try:
-        recipe = _recipe(config, scheme_of)
+        recipe = _recipe(config, scheme_of, there)
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if str(file) in message else f"{file}: {message}") from None
@@ -218,6 +243,8 @@ def compressed(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     for i, (scheme, every) in enumerate(modules.items()):
         if scheme.activations == "static":
             raise ConfigError("static activations are written as msmodelslim only")
+        if scheme.group is not None and scheme.group % 8:
+            raise ConfigError(f"int4 in groups of {scheme.group} inputs: files hold multiples of 8")
         targets = ["Linear"] if len(modules) == 1 else _as_patterns(every)
         groups[f"group_{i}"] = _group(scheme, targets)
     packings = sorted({PACKINGS[scheme.numbers] for scheme in modules})

@@ -87,8 +87,8 @@ def load(
     folder = Path(path)
     config, raw = read_config(folder)
     build.check_choices(form, dtype)  # before the folder's files are opened
-    said = read_description(folder, raw, config)
     tensors = Folder(folder)
+    said = read_description(tensors, raw, config)
     parts = check_tensors(config, tensors, said)
     remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
     origin = Origin(remembered, companions(folder), folder.absolute())
@@ -126,10 +126,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, raw
 
 
-def read_description(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Description | None:
+def read_description(
+    tensors: Folder, raw: dict[str, Any], config: ModelConfig
+) -> Description | None:
     """How the folder's matrices are quantised, None if they are not. Raises CheckpointError."""
+    folder = tensors.path
     try:
-        return description.read(folder, raw, config)
+        return description.read(folder, raw, config, tensors.names)
     except ConfigError as error:
         text = str(error)
         raise CheckpointError(
@@ -224,11 +227,14 @@ def _check_constants(config: ModelConfig, tensors: Folder, said: Description) ->
                 ):
                     raise CheckpointError(
                         f"{tensors.file_of(constant.name)}: tensor {constant.name} must be "
-                        f"{strict.shorten(str(np.unique(wanted).tolist()))}: anything else is not "
-                        "supported"
+                        f"{_in_words(wanted)}: anything else is not supported"
                     )
     if said.recipe.cache is not None:
         yield from (name for name in tensors.names if name.endswith("kv_cache_offset"))
+
+
+def _in_words(numbers: np.ndarray) -> str:
+    return "all zeros" if not numbers.any() else str(numbers.tolist())
 
 
 def _missing(
@@ -338,6 +344,8 @@ def _copy(
         raise CheckpointError(f"{where} does not fit float16")
     if part.kind == "scale" and not ((target >= 0) & np.isfinite(target)).all():
         raise CheckpointError(f"{where} has a scale that is negative, infinite or NaN")
+    if part.kind == "scale" and part.shared and not target.all():
+        raise CheckpointError(f"{where} is 0: nothing could be divided by it")
 
 
 def _put_layer(stack: Array, layer: Array, index: Array) -> Array:
@@ -405,6 +413,17 @@ def _write_folder(model: Pangu, folder: Path, shard_bytes: int, said: Descriptio
     _write_weights(model, folder, dtype, shard_bytes, said)
     write_json(folder / "config.json", config)
     _copy_companions(model.origin, folder)
+
+
+def check_sayable(said: Description, config: ModelConfig) -> None:
+    """Raises CheckpointError for a recipe that the format has no words for."""
+    try:
+        if said.format == "compressed-tensors":
+            description.compressed(said.recipe, config)
+        else:
+            description.msmodelslim(said.recipe, config)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write_description(

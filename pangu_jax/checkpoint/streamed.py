@@ -122,14 +122,16 @@ def quantise(
     Raises CheckpointError.
     """
     config, raw = hf.read_config(source)
-    if hf.read_description(source, raw, config) is not None:
-        raise CheckpointError(f"{source}: is quantised already; take the float model")
     tensors = Folder(source)
+    if hf.read_description(tensors, raw, config) is not None:
+        raise CheckpointError(f"{source}: is quantised already; take the float model")
     parts = hf.check_tensors(config, tensors, None)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: already exists; write to a new or empty folder")
+    hf.check_sayable(said, config)
+    target = Path(os.path.realpath(target))  # a link to an empty folder stays a link
     partial = target.parent / f".{target.name}.quantising"
     try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise CheckpointError(f"{target}: already exists; write to a new or empty folder")
         partial.mkdir(parents=True, exist_ok=True)
         _check_manifest(partial, tensors, said)
         total = sum(tensors.read(p.name).nbytes for every in parts.values() for p in every)
@@ -142,8 +144,8 @@ def quantise(
         hf.write_json(partial / "config.json", written)
         for name, _ in hf.companions(source):
             shutil.copyfile(source / name, partial / name)
-        (partial / MANIFEST).unlink()
         os.replace(partial, target)
+        (target / MANIFEST).unlink()  # last: shards without it would be taken for any model's
     except OSError as error:
         name = strict.shorten(str(target), quote=False, limit=300)
         raise CheckpointError(f"{name}: cannot be written ({error.strerror})") from error

@@ -50,7 +50,8 @@ def hold_cache_scale(block: Any, *, lead: int) -> None:
     qkv = block.attention.qkv.get_value()
     like: Any = qkv.numbers if isinstance(qkv, Weight) else qkv
     *front, K, _, H, _ = like.shape
-    place = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[: lead + 1]))
+    spec = (*like.sharding.spec[: lead + 1], None, None)
+    place = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
     scale = jax.ShapeDtypeStruct((*front, K, 2, H), jnp.float32, sharding=place)
     block.attention.cache_scale = nnx.Param(scale)
 
@@ -73,6 +74,7 @@ def abstract(like: Any, scheme: Scheme, each: int, name: str) -> Weight:
         )
 
     def part(shape: tuple[int, ...], dtype: Any, *spec: Any) -> jax.ShapeDtypeStruct:
+        spec = (*spec, *[None] * (len(shape) - len(spec)))
         place: Any = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
