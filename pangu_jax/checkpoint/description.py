@@ -66,8 +66,10 @@ def _recipe(config: ModelConfig, scheme_of: Any, there: Container[str]) -> Recip
         every = []
         for part in parts:
             if part.name.endswith(".weight"):
-                if part.name not in there and f"{part.name}_packed" not in there:
-                    raise ConfigError(f"missing tensor {part.name}")
+                packed = _is_packed(part, scheme_of(part.name))
+                name = f"{part.name}_packed" if packed else part.name
+                if name not in there:
+                    raise ConfigError(f"missing tensor {name}")
                 every.append(part.name)
         own = {scheme_of(name) for name in every}
         if len(own) > 1:
@@ -83,6 +85,15 @@ def _recipe(config: ModelConfig, scheme_of: Any, there: Container[str]) -> Recip
     if wrong is not None:
         raise ConfigError(f"{wrong} is quantised, which is not supported: only matrices of layers")
     return Recipe.of_layers(layers)
+
+
+def _is_packed(part: names.Part, scheme: Scheme | None) -> bool:
+    """Whether a matrix is int4. Raises ConfigError for one that no words of 8 numbers hold."""
+    if scheme is None or scheme.numbers != "int4":
+        return False
+    if part.shape[-1] % 8:
+        raise ConfigError(f"{part.name}: {part.shape[-1]} int4 inputs do not fill words of 8")
+    return True
 
 
 def _spelled(every: list[str]) -> str:
@@ -185,8 +196,6 @@ def _scheme(group: dict[str, Any], where: str) -> Scheme:
     numbers, group_size = known[kind], None
     if numbers == "int4":
         group_size = strict.coerce(int, weights.get("group_size"), f"{where}.weights.group_size")
-        if group_size < 8 or group_size % 8:
-            raise ConfigError(f"{where}.weights.group_size must be a multiple of 8: {group_size}")
     if inputs is None:
         return Scheme(numbers, group=group_size)
     wanted = {"type": kind[0], "num_bits": 8, "strategy": "token", "dynamic": True}
@@ -235,16 +244,17 @@ def compressed(recipe: Recipe, config: ModelConfig) -> dict[str, Any]:
     floats: list[str] = []
     for leaf, parts in names.leaves(config):
         scheme = recipe.scheme(leaf)
-        every = [part.name.removesuffix(".weight") for part in parts if _is_matrix(part)]
+        every = [part for part in parts if _is_matrix(part)]
         if leaf == "embed":
             continue
-        (floats if scheme is None else modules.setdefault(scheme, [])).extend(every)
+        for part in every:
+            _is_packed(part, scheme)
+        own = floats if scheme is None else modules.setdefault(scheme, [])
+        own.extend(part.name.removesuffix(".weight") for part in every)
     groups: dict[str, Any] = {}
     for i, (scheme, every) in enumerate(modules.items()):
         if scheme.activations == "static":
             raise ConfigError("static activations are written as msmodelslim only")
-        if scheme.group is not None and scheme.group % 8:
-            raise ConfigError(f"int4 in groups of {scheme.group} inputs: files hold multiples of 8")
         targets = ["Linear"] if len(modules) == 1 else _as_patterns(every)
         groups[f"group_{i}"] = _group(scheme, targets)
     packings = sorted({PACKINGS[scheme.numbers] for scheme in modules})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import pangu_jax
 from pangu_jax.checkpoint import description, hf, hf_config, names, streamed
+from pangu_jax.checkpoint.folder import Folder
 from pangu_jax.checkpoint.quantised import Description
 from pangu_jax.errors import CheckpointError, ConfigError
 from pangu_jax.quant import scheme as schemes
@@ -86,6 +87,13 @@ int8, weights, int4, fp8 = made("int8"), made("weights"), made("int4"), made("fp
 moge, ascend, ascend_moge = made("moge"), made("ascend"), made("ascend moge")
 
 
+class Anything:
+    """A container of every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 def at(*path: Any, value: Any) -> Change:
     """Sets a field deep in a description; `...` drops it."""
 
@@ -115,7 +123,7 @@ def refuse_soon(folder: Path, seconds: float, *words: str) -> None:
 
 def recipe_of(folder: Path) -> Recipe:
     config, raw = hf.read_config(folder)
-    said = hf.read_description(folder, raw, config)
+    said = hf.read_description(Folder(folder), raw, config)
     assert said is not None
     return said.recipe
 
@@ -647,7 +655,7 @@ def test_any_recipe_comes_back_from_a_config(data: st.DataObject, base: Raw, tie
     if not recipe.runs:
         return
     said = json.loads(json.dumps(description.compressed(recipe, config)))
-    assert description.read(Path("nowhere"), {FIELD: said}, config) == Description(
+    assert description.read(Path("nowhere"), {FIELD: said}, config, Anything()) == Description(
         recipe, "compressed-tensors"
     )
     for leaf, parts in names.leaves(config):
@@ -674,7 +682,7 @@ def test_any_recipe_comes_back_from_a_file(
         recipe = Recipe(recipe.runs, "int8", cache_scales=True)
     folder = tmp_path_factory.getbasetemp()
     (folder / FILE).write_text(json.dumps(description.msmodelslim(recipe, config)))
-    assert description.read(folder, {}, config) == Description(recipe, "msmodelslim")
+    assert description.read(folder, {}, config, Anything()) == Description(recipe, "msmodelslim")
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a16"])
@@ -684,7 +692,7 @@ def test_the_description_of_the_72b_is_short_and_soon_read(name: str) -> None:
     with no_longer_than(10):
         said = description.compressed(recipe, config)
         assert len(json.dumps(said)) < 4000
-        found = description.read(Path("nowhere"), {FIELD: said}, config)
+        found = description.read(Path("nowhere"), {FIELD: said}, config, Anything())
     assert found is not None
     assert found.recipe == recipe
 
