@@ -107,6 +107,8 @@ def _integers(x: Array, numbers: Array) -> Array:
 def _floats(x: Array, weight: Weight) -> Array:
     """float32"""
     if weight.scheme.numbers == "int4":
+        # After x: else XLA unpacks every matrix before a decode loop, and keeps all their floats.
+        weight, x = lax.optimization_barrier((weight, x))
         floats = weight.floats(x.dtype)
         return jnp.einsum("nd,ed->ne", x, floats, preferred_element_type=jnp.float32)
     if weight.scheme.numbers == "fp8" or x.shape[0] > DIGIT_ROWS:
