@@ -326,7 +326,7 @@ def msmodelslim(recipe: Recipe, config: ModelConfig) -> dict[str, str]:
                 if not quantised.static_bias(leaf, recipe):
                     said[part.name] = "FLOAT"
                 continue
-            every = quantised.tensors(part, scheme, "msmodelslim").values()
+            every = quantised.tensors(part, scheme).values()
             spare = quantised.constants(part, scheme, "msmodelslim")
             said |= {name.name: kinds[scheme] for name in (*every, *spare)}
     used = sorted({kinds[scheme] for _, layer in recipe.runs for _, scheme in layer})

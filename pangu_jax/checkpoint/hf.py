@@ -415,13 +415,16 @@ def _write_folder(model: Pangu, folder: Path, shard_bytes: int, said: Descriptio
     _copy_companions(model.origin, folder)
 
 
-def check_sayable(said: Description, config: ModelConfig) -> None:
-    """Raises CheckpointError for a recipe that the format has no words for."""
+def words_for(said: Description, config: ModelConfig) -> dict[str, Any]:
+    """What a folder will say of itself: a field of config.json, or a file of its own.
+
+    Raises CheckpointError for a recipe that the format has no words for.
+    """
+    write = (
+        description.compressed if said.format == "compressed-tensors" else description.msmodelslim
+    )
     try:
-        if said.format == "compressed-tensors":
-            description.compressed(said.recipe, config)
-        else:
-            description.msmodelslim(said.recipe, config)
+        return write(said.recipe, config)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -436,13 +439,11 @@ def write_description(
     raw.pop(description.FIELD, None)
     if said is None:
         return
-    try:
-        if said.format == "compressed-tensors":
-            raw[description.FIELD] = description.compressed(said.recipe, config)
-        else:
-            write_json(folder / description.FILE, description.msmodelslim(said.recipe, config))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    words = words_for(said, config)
+    if said.format == "compressed-tensors":
+        raw[description.FIELD] = words
+    else:
+        write_json(folder / description.FILE, words)
 
 
 def _check_leaves(model: Pangu) -> None:
@@ -573,6 +574,7 @@ def _slices(
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A new file with a JSON object, synced to disk."""
     with open(path, "x", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)  # ASCII: any string round-trips
         file.write("\n")

@@ -69,8 +69,8 @@ def leaves(config: ModelConfig, said: Description | None) -> Iterator[names.Leaf
     recipe = Recipe() if said is None else said.recipe
     for leaf, parts in names.leaves(config):
         scheme = recipe.scheme(leaf)
-        if scheme is not None and said is not None:
-            yield from _quantised(leaf, list(parts), scheme, said.format)
+        if scheme is not None:
+            yield from _quantised(leaf, list(parts), scheme)
         elif static_bias(leaf, recipe):
             yield leaf, iter(())
         else:
@@ -85,13 +85,13 @@ def static_bias(leaf: str, recipe: Recipe) -> bool:
     return leaf.endswith("_bias") and scheme is not None and scheme.activations == "static"
 
 
-def _quantised(leaf: str, parts: list[Part], scheme: Scheme, how: Format) -> Iterator[names.Leaf]:
-    each = [(part, tensors(part, scheme, how)) for part in parts]
+def _quantised(leaf: str, parts: list[Part], scheme: Scheme) -> Iterator[names.Leaf]:
+    each = [(part, tensors(part, scheme)) for part in parts]
     for kind in each[0][1]:
         yield f"{leaf}.{kind}", iter([found[kind] for _, found in each])
 
 
-def tensors(part: Part, scheme: Scheme, how: Format) -> dict[str, Part]:
+def tensors(part: Part, scheme: Scheme) -> dict[str, Part]:
     """The tensors that stand for a matrix `X.weight` [out, in], by the part of the leaf."""
     module, (out, width) = part.name.removesuffix(".weight"), part.shape
     one = lambda name, shape, kind: Part(f"{module}.{name}", shape, part.index, kind)

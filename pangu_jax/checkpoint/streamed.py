@@ -71,7 +71,7 @@ def _plan(part: Part, leaf: str, said: Description, dtype: np.dtype) -> Plan:
     if scheme is None:
         spec = safetensors.Spec(part.name, dtype, part.shape)
         return Plan(part.name, [spec], lambda floats: iter([_as_stored(part.name, floats, dtype)]))
-    made = quantised.tensors(part, scheme, said.format)
+    made = quantised.tensors(part, scheme)
     specs = [
         safetensors.Spec(one.name, quantised.stored(one, dtype), one.shape) for one in made.values()
     ]
@@ -126,7 +126,7 @@ def quantise(
     if hf.read_description(tensors, raw, config) is not None:
         raise CheckpointError(f"{source}: is quantised already; take the float model")
     parts = hf.check_tensors(config, tensors, None)
-    hf.check_sayable(said, config)
+    hf.words_for(said, config)  # before anything is written
     target = Path(os.path.realpath(target))  # a link to an empty folder stays a link
     partial = target.parent / f".{target.name}.quantising"
     try:
