@@ -57,7 +57,6 @@ class Constant:
     """
 
     name: str
-    kind: Kind
     expected: np.ndarray | None
 
 
@@ -121,11 +120,11 @@ def constants(part: Part, scheme: Scheme, how: Format) -> Iterator[Constant]:
     """What else belongs to a quantised matrix `X.weight`."""
     module, out = part.name.removesuffix(".weight"), part.shape[0]
     if scheme.numbers == "int4":
-        yield Constant(f"{module}.weight_shape", "int64", np.array(part.shape, np.int64))
+        yield Constant(f"{module}.weight_shape", np.array(part.shape, np.int64))
     if how == "msmodelslim":
-        yield Constant(f"{module}.weight_offset", "float", np.zeros((out, 1), np.float32))
+        yield Constant(f"{module}.weight_offset", np.zeros((out, 1), np.float32))
     if scheme.activations == "static":
-        yield Constant(f"{module}.weight_scale", "float", None)
+        yield Constant(f"{module}.weight_scale", None)
 
 
 def _cache_scales(config: ModelConfig, leaf: str) -> Iterator[Part]:
