@@ -4,6 +4,7 @@ under layouts, with other schemes in other layers, and with an int8 cache.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -142,12 +143,16 @@ def test_layers_may_differ() -> None:
 )
 @pytest.mark.parametrize(
     ("recipe", "tolerance"),
-    [("w8a16", 1e-5), ("w8a8", 0.15), pytest.param("w4a16", 1e-5, marks=SLOW)],
+    [("w8a16", 1e-5), ("w8a8", 0.15), pytest.param("int4", 1e-5, marks=SLOW)],
 )
-def test_layouts(name: str, where: str, kind: str, recipe: str, tolerance: float) -> None:
+def test_layouts(
+    name: str, where: str, kind: str, recipe: str | Recipe, tolerance: float
+) -> None:
     """Weights are rounded before they are split: weight-only logits are those of one device. Each
     device rounds its own part of activations, so w8a8 is near.
     """
+    if recipe == "int4":  # of w4a16, but in groups that eight devices do not split
+        recipe = _int4(scheme.matrices(CONFIGS[name]), 8)
     form = "stacked" if name == "moge" else "separate"
     one = floats(name, form)
     like = build.abstract(CONFIGS[name], where=layouts.named(where, kind), form=form)
@@ -163,11 +168,11 @@ def test_layouts(name: str, where: str, kind: str, recipe: str, tolerance: float
 
 def test_int4_groups_that_devices_would_split_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"mlp.down: 128 inputs in groups of 32 cannot be split"):
-        build.abstract(DENSE, where="tp8", recipe=_int4("mlp.down", 32))
+        build.abstract(DENSE, where="tp8", recipe=_int4(["mlp.down"], 32))
 
 
-def _int4(leaf: str, group: int) -> Recipe:
-    return Recipe.of_layers([((leaf, Scheme("int4", group=group)),)] * 2)
+def _int4(leaves: Iterable[str], group: int) -> Recipe:
+    return Recipe.of_layers([tuple((leaf, Scheme("int4", group=group)) for leaf in leaves)] * 2)
 
 
 def test_rounding_twice_is_refused() -> None:

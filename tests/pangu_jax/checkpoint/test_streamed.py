@@ -506,11 +506,12 @@ jax.devices()
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-base, peak = anonymous(), 0
+base, peak, lock = anonymous(), 0, threading.Lock()
 def watch():
     global peak
     while True:
-        peak = max(peak, anonymous())
+        with lock:
+            peak = max(peak, anonymous())
         time.sleep(0.005)
 config = dataclasses.replace(pangu_jax.preset("pro-moe-72b"), num_layers=int(sys.argv[2]))
 shapes = {part.name: part.shape for _, parts in names.leaves(config) for part in parts}
@@ -523,7 +524,8 @@ threading.Thread(target=watch, daemon=True).start()
 said = Description(scheme.named(sys.argv[1], config), "compressed-tensors")
 digest, peaks, sizes, start = 0, [], [0, 0], time.perf_counter()
 for shard in streamed.shards(config, said, np.dtype(ml_dtypes.bfloat16), read):
-    peak = 0
+    with lock:
+        peak = 0
     for spec, tensor in zip(shard.specs, shard.tensors(), strict=True):
         assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype)
         digest = zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), digest)
