@@ -11,7 +11,7 @@ from pangu_jax.text.detokenizer import Detokenizer
 from pangu_jax.text.markers import Think
 from pangu_jax.text.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Completion:
     token_ids: without the prompt, with the end-of-sequence or stop token that ended it
     logprobs: of each token, in the distribution it was chosen from
     finish_reason: "stop" after an end token or stop string, "length" at max_new_tokens or the
-        model's last position
+        model's last position; of the engine also "cancelled" and "deadline"
     text: special tokens spelt out, without the token or string that ended it; None without a
         tokenizer
     top_logprobs: of each token's position, the likeliest ids, most likely first; None when not
@@ -85,6 +85,12 @@ class Row:
         if self._text.found:
             self.finish_reason = "stop"
         return text + self._text.finish()
+
+    def give_up(self, reason: FinishReason) -> str:
+        """Ends it where it is; returns the text that was held back."""
+        text = self.end()
+        self.finish_reason = reason
+        return text
 
     def _read(self, id: int) -> str:
         ended = id in self._end_ids

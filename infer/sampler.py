@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pangu_jax.parallel import boundary
 from pangu_jax.pytree import pytree
 
 # Logits divided by less would leave the range of float32.
@@ -78,6 +79,7 @@ def choose(
     positions: Int[Array, " B"],
     history: History | None = None,
     top: int = 0,
+    wanted: Bool[Array, ""] | None = None,
 ) -> Choice:
     """The next token of every row, drawn from the processed distribution.
 
@@ -85,6 +87,7 @@ def choose(
     before temperature and cuts.
     positions: where the tokens will stand; with the row's key they fix the draw, whatever the batch
     top: K, how many of the likeliest tokens to report
+    wanted: whether anybody wants them now; None is yes
     """
     if controls.shaping is not None:
         assert history is not None
@@ -104,9 +107,22 @@ def choose(
     chosen = jnp.take_along_axis(processed, token[:, None], axis=-1)[:, 0]
     likeliest = None
     if top:
-        values, ids = lax.top_k(processed, min(top, processed.shape[-1]))
-        likeliest = ids.astype(jnp.int32), values - total[:, None]
+        best_of = lambda: _likeliest(processed, total, min(top, processed.shape[-1]))
+        if wanted is None:
+            likeliest = best_of()
+        else:
+            zeros = lambda like: jnp.zeros(like.shape, like.dtype)
+            blank = jax.tree.map(zeros, jax.eval_shape(best_of))
+            blank = boundary.varying((blank, processed))[0]
+            likeliest = lax.cond(wanted, best_of, lambda: blank)
     return Choice(token, chosen - total, likeliest)
+
+
+def _likeliest(
+    processed: Float[Array, "B V"], total: Float[Array, " B"], count: int
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+    values, ids = lax.top_k(processed, count)
+    return ids.astype(jnp.int32), values - total[:, None]
 
 
 def shape(logits: Float[Array, "B V"], shaping: Shaping, history: History) -> Float[Array, "B V"]:

@@ -81,6 +81,33 @@ def used_in_prompt(budget: Budget, prompt: np.ndarray) -> int:
     return 0 if last(int(budget.start)) > last(int(budget.end)) else NOT_THINKING
 
 
+def used_so_far(start: int, end: int, tokens: list[int], prompt: int) -> int:
+    """What `Budget.count` has come to after the first `prompt` tokens and those generated since.
+
+    start, end: the ids of the markers
+    """
+    opened = max((i for i in range(prompt) if tokens[i] == start), default=-1)
+    closed = max((i for i in range(prompt) if tokens[i] == end), default=-1)
+    used = 0 if opened > closed else NOT_THINKING
+    for token in tokens[prompt:]:
+        if token == end:
+            used = NOT_THINKING
+        elif used < 0:
+            used = 0 if token == start else used
+        else:
+            used += 1
+    return used
+
+
+def has_markers(tokenizer: Tokenizer, vocab: int) -> bool:
+    """Whether the tokenizer has ids that open and close a thought."""
+    try:
+        marker_ids(tokenizer, vocab)
+    except InputError:
+        return False
+    return True
+
+
 @functools.lru_cache(maxsize=4)
 def _ends_sentence(tokenizer: Tokenizer, vocab: int) -> np.ndarray:
     ends = np.zeros(vocab, bool)

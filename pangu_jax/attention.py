@@ -9,10 +9,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pangu_jax import rope
+from pangu_jax import paged, rope
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import linear
+from pangu_jax.paged import AnyMeta, PagedMeta
 from pangu_jax.quant import cached
 from pangu_jax.quant.cached import Rows
 
@@ -42,7 +43,7 @@ class Attention(nnx.Module):
         self.cache_scale: nnx.Param | None = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "N D"], angles: rope.Table, meta: Meta, cache: LayerCache | None
+        self, x: Float[Array, "N D"], angles: rope.Table, meta: AnyMeta, cache: LayerCache | None
     ) -> tuple[Float[Array, "N D"], LayerCache | None]:
         """The output product without its bias (added once, where devices' partial sums have met),
         and the cache.
@@ -56,18 +57,28 @@ class Attention(nnx.Module):
         queries = rope.rotate(y[..., :-2, :].reshape(B, T, -1, H), angles)
         keys = rope.rotate(y[..., -2, :], angles).transpose(0, 2, 1, 3)  # [B, K, T, H]
         values = y[..., -1, :].transpose(0, 2, 1, 3)
-        if cache is None:
-            key_positions = jnp.where(meta.valid, meta.positions, NEVER)
-        elif meta.segments is not None:
-            raise ValueError("packed examples and a cache do not go together")
-        else:
-            scales = None if self.cache_scale is None else self.cache_scale[...]
-            cache = cache.write(keys, values, meta, scales)
-            keys, values = cache.read(scales)
-            key_positions = jnp.broadcast_to(jnp.arange(keys.shape[2]), (B, keys.shape[2]))
         queries = queries.reshape(B, T, K, fused - 2, H)
-        mixed = attend(queries, keys, values, meta.positions, key_positions, meta.segments)
+        mixed, cache = self._mix(queries, keys, values, meta, cache)
         return linear(mixed.reshape(B * T, -1), self.out[...]), cache
+
+    def _mix(
+        self, queries: Array, keys: Array, values: Array, meta: AnyMeta, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T K g H"], LayerCache | None]:
+        """What the queries see: the new keys and values alone, or all that are cached."""
+        if cache is None:
+            assert isinstance(meta, Meta)
+            at = jnp.where(meta.valid, meta.positions, NEVER)
+            return attend(queries, keys, values, meta.positions, at, meta.segments), None
+        scales = None if self.cache_scale is None else self.cache_scale[...]
+        cache = cache.write(keys, values, meta, scales)
+        if isinstance(meta, PagedMeta):
+            return paged.attend(queries, cache, meta, scales), cache
+        if meta.segments is not None:
+            raise ValueError("packed examples and a cache do not go together")
+        held = cache.read(scales)
+        B, _, S, _ = held[0].shape
+        at = jnp.broadcast_to(jnp.arange(S), (B, S))
+        return attend(queries, *held, meta.positions, at), cache
 
 
 def attend(

@@ -39,6 +39,16 @@ class Meta:
     valid: Bool[Array, "B T"]
     segments: Int[Array, "B T"] | None = None
 
+    def places(self, slots: int) -> tuple[Int[Array, "B #T"], Int[Array, "B T"]]:
+        """The sequence of every token, and its slot there; padding lies behind the last slot."""
+        rows = jnp.arange(self.positions.shape[0])[:, None]
+        return rows, jnp.where(self.valid, self.positions, slots)
+
+    def lengths(self, before: Int[Array, " B"]) -> Int[Array, " B"]:
+        """How many slots of each sequence are filled after the call."""
+        filled = jnp.max(jnp.where(self.valid, self.positions + 1, 0), axis=1)
+        return jnp.maximum(before, filled)
+
     @classmethod
     def from_mask(cls, mask: Bool[Array, "B T"], start: Int[Array, " B"] | None = None) -> "Meta":
         """Positions `max(cumsum(mask) - 1, 0)`, counted from each sequence's `start`."""
@@ -76,14 +86,16 @@ class LayerCache:
         self,
         keys: Float[Array, "B K T H"],
         values: Float[Array, "B K T H"],
-        meta: Meta,
+        meta: Any,
         scales: Float[Array, "K 2 H"] | None = None,
     ) -> "LayerCache":
         """The cache with the valid tokens in the slots of their positions.
 
+        meta: a Meta, or a `paged.PagedMeta`
+
         scales: fixed ones of an int8 cache, of each head's keys and values
         """
-        slots = jnp.where(meta.valid, meta.positions, self.keys.shape[-2])  # past the end: dropped
+        places = meta.places(self.keys.shape[-2])
 
         def put(buffer: Array | Rows, new: Array, which: int) -> Array | Rows:
             if isinstance(buffer, Rows):
@@ -91,7 +103,7 @@ class LayerCache:
                 added: Array | Rows = cached.with_channels(own, None)
             else:
                 added = new
-            return jax.tree.map(lambda old, new: _put(old, new, slots, self.layer), buffer, added)
+            return jax.tree.map(lambda old, new: _put(old, new, places, self.layer), buffer, added)
 
         written = dict(keys=put(self.keys, keys, 0), values=put(self.values, values, 1))
         return dataclasses.replace(self, **written)
@@ -112,9 +124,9 @@ class LayerCache:
         return take(self.keys, 0), take(self.values, 1)
 
 
-def _put(buffer: Array, new: Array, slots: Array, layer: Array | None) -> Array:
-    B, K = new.shape[:2]
-    index = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], slots[:, None, :])
+def _put(buffer: Array, new: Array, places: tuple[Array, Array], layer: Array | None) -> Array:
+    rows, slots = places
+    index = (rows[:, None, :], jnp.arange(new.shape[1])[None, :, None], slots[:, None, :])
     if layer is not None:
         index = (layer, *index)
     return buffer.at[index].set(new, mode="drop")

@@ -13,6 +13,9 @@ from pangu_jax.quant.weight import Weight
 # and any bf16 product before, is done on a float32 copy of the whole weight.
 NATIVE_CPU_BF16 = jax.__version_info__ >= (0, 11)
 
+# Few float32 rows on CPU are multiplied as columns, up to this many (measured; docs/benchmarks.md).
+MOST_COLUMNS = 64
+
 
 def linear(
     x: Float[Array, "N D"], weight: Float[Array, "*out D"] | Weight, dtype: DTypeLike | None = None
@@ -32,6 +35,9 @@ def linear(
         two_rows = lambda x, w: _product(jnp.concatenate([x, x]), w, dtype)[:1]
         one_row = lambda x, w: _product(x, w, dtype)
         y = lax.platform_dependent(x, flat, cpu=two_rows, default=one_row)
+    elif 1 < x.shape[0] <= MOST_COLUMNS and x.dtype == jnp.float32:
+        rows = lambda x, w: _product(x, w, dtype)
+        y = lax.platform_dependent(x, flat, cpu=_by_columns, default=rows)
     else:
         y = _product(x, flat, dtype)
     return y.reshape(x.shape[0], *weight.shape[:-1])
@@ -39,3 +45,14 @@ def linear(
 
 def _product(x: Array, weight: Array, dtype: DTypeLike | None) -> Array:
     return jnp.einsum("nd,ed->ne", x, weight, preferred_element_type=dtype)
+
+
+def _by_columns(x: Array, weight: Array) -> Array:
+    """weight @ x^T, transposed: up to twice as fast, when the columns are few or a multiple of 8.
+    XLA would make the usual product of it again, were it not held back.
+    """
+    count = x.shape[0]
+    padded = count if count <= 4 else -(-count // 8) * 8
+    columns = jnp.pad(x, [(0, padded - count), (0, 0)])
+    y = jnp.einsum("ed,nd->en", weight, columns, preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(y).T[:count]

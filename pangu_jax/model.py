@@ -44,6 +44,7 @@ from pangu_jax.mlp import MLP
 from pangu_jax.moge import Experts, MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
+from pangu_jax.paged import AnyMeta
 from pangu_jax.parallel import boundary, fit
 from pangu_jax.parallel.layout import Layout, Role
 from pangu_jax.parallel.on_mesh import on_mesh, pad_rows
@@ -72,7 +73,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "N D"],
         angles: rope.Table,
-        meta: Meta,
+        meta: AnyMeta,
         cache: LayerCache | None,
         where: Layout,
         stack: Experts | None = None,
@@ -179,7 +180,7 @@ class Pangu(nnx.Module):
 def forward(
     model: Pangu,
     tokens: Int[Array, " N"],
-    meta: Meta,
+    meta: AnyMeta,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "shard D"], Cache | None]:
     """Final hidden states (normalised) of flat tokens, and the updated cache.
@@ -194,7 +195,7 @@ def forward(
 
 
 def tapped_forward(
-    model: Pangu, tokens: Int[Array, " N"], meta: Meta, cache: Cache | None, tap: Tap
+    model: Pangu, tokens: Int[Array, " N"], meta: AnyMeta, cache: Cache | None, tap: Tap
 ) -> tuple[Float[Array, "shard D"], Cache | None, list[Any]]:
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
@@ -224,8 +225,7 @@ def tapped_forward(
                 keys.append(pair[0])
                 values.append(pair[1])
         if cache is not None:
-            filled = jnp.max(jnp.where(meta.valid, meta.positions + 1, 0), axis=1)
-            cache = Cache(tuple(keys), tuple(values), jnp.maximum(cache.length, filled))
+            cache = Cache(tuple(keys), tuple(values), meta.lengths(cache.length))
         return model.norm(x), cache, kept
 
 

@@ -19,10 +19,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pangu_jax.cache import Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP, swiglu
+from pangu_jax.paged import AnyMeta
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
 from pangu_jax.precision import exact_if_float32
@@ -79,7 +79,7 @@ class MoGE(nnx.Module):
         self.shared = MLP(D, config.moge.shared_width, param)
 
     def __call__(
-        self, x: Float[Array, "shard D"], meta: Meta, where: Layout, stack: Experts | None = None
+        self, x: Float[Array, "shard D"], meta: AnyMeta, where: Layout, stack: Experts | None = None
     ) -> tuple[Float[Array, "shard D"], Routing]:
         """Routed plus shared output, and the routing, of this device's tokens of the stream.
 
@@ -99,7 +99,7 @@ class MoGE(nnx.Module):
             y = boundary.leave(y, axes, where) + self.shared(x)
         return y, jax.tree.map(lambda part: boundary.own(part, axes, where), routing)
 
-    def _route(self, logits: Float[Array, "N E"], meta: Meta, where: Layout) -> Routing:
+    def _route(self, logits: Float[Array, "N E"], meta: AnyMeta, where: Layout) -> Routing:
         c = self.config
         if c.router == "topk":
             return route_topk(logits, c.experts_per_token)

@@ -61,6 +61,17 @@ def with_channels(held: Rows, channels: Float[Array, "K H"] | None) -> Rows:
     return dataclasses.replace(held, channels=channels)
 
 
+def to_floats(held: Rows, dtype: DTypeLike) -> Float[Array, "B K S H"]:
+    """The floats that some rows stand for."""
+    _check(held)
+    wide = held.numbers.astype(jnp.float32)
+    if held.scale is not None:
+        wide = wide * held.scale[..., None]
+    if held.channels is not None:
+        wide = wide * held.channels[None, :, None, :]
+    return wide.astype(dtype)
+
+
 def scores(queries: Float[Array, "B T K g H"], keys: Rows) -> Float[Array, "B K g T S"]:
     """queries @ keys^T in float32, a head at a time."""
     _check(keys)

@@ -145,9 +145,7 @@ def test_layers_may_differ() -> None:
     ("recipe", "tolerance"),
     [("w8a16", 1e-5), ("w8a8", 0.15), pytest.param("int4", 1e-5, marks=SLOW)],
 )
-def test_layouts(
-    name: str, where: str, kind: str, recipe: str | Recipe, tolerance: float
-) -> None:
+def test_layouts(name: str, where: str, kind: str, recipe: str | Recipe, tolerance: float) -> None:
     """Weights are rounded before they are split: weight-only logits are those of one device. Each
     device rounds its own part of activations, so w8a8 is near.
     """
