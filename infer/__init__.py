@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infer.engine.llm import LLM
     from infer.generation import generate, stream
     from infer.output import Completion
     from infer.sampling import Sampling
 
 _HOMES = {
     "Completion": "infer.output",
+    "LLM": "infer.engine.llm",
     "generate": "infer.generation",
     "stream": "infer.generation",
     "Sampling": "infer.sampling",

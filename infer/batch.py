@@ -1,14 +1,20 @@
 """`generate --input`: a file of prompts to a file of answers, resumed where it stopped."""
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from infer import files, generation, jobs, loading, progress
+from infer import files, jobs, loading, progress
 from infer.commands import Generate
+from infer.engine import sizes
+from infer.engine.engine import Engine, Ticket
+from infer.engine.sizes import Wish
 from infer.jobs import OURS, Job
-from infer.output import as_json
+from infer.output import Completion, as_json
 from infer.sampling import Sampling
 from pangu_jax import strict
 from pangu_jax.config import ModelConfig
@@ -34,28 +40,37 @@ def run(
     with output.open("ab"):
         pass  # whoever cannot write there shall know before the model is loaded
     model, _ = loading.model(command)
-    with output.open("ab") as file, progress.answering(len(todo), done) as advance:
-        for start in range(done, len(todo), command.batch):
-            group = todo[start : start + command.batch]
-            completions = iter(
-                generation.generate(
-                    model,
-                    [job.ids for job in group],
-                    [job.sampling for job in group],
-                    tokenizer=tokenizer,
-                )
-            )
-            for job in group:
-                found = [
-                    as_json(next(completions), tokenizer, job.chat, job.think)
-                    for _ in range(job.sampling.n)
-                ]
-                line = {**job.line, "completions": found, "run": mark}
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                advance(sum(len(each["token_ids"]) for each in found))
+    longest = max(job.ids.size + job.sampling.max_new_tokens for job in todo[done:])
+    shape = sizes.fitting(model, Wish(command.batch, longest))
+    with (
+        Engine(model, shape, tokenizer) as engine,
+        output.open("ab") as file,
+        progress.answering(len(todo), done) as advance,
+    ):
+        for job in todo[done:]:
+            engine.check(job.ids.size)
+        for job, completions in _answered(engine, todo[done:]):
+            found = [as_json(each, tokenizer, job.chat, job.think) for each in completions]
+            line = {**job.line, "completions": found, "run": mark}
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
+            advance(sum(len(each.token_ids) for each in completions))
     progress.say(f"{output}: {len(todo)} answers")
     return 0
+
+
+def _answered(engine: Engine, todo: list[Job]) -> Iterator[tuple[Job, list[Completion]]]:
+    """The jobs in order, with their completions; so many are under way that no slot is empty."""
+    ahead = 4 * engine.shape.slots
+    going: collections.deque[tuple[Job, list[Ticket]]] = collections.deque()
+    left = iter(todo)
+    while True:
+        for job in itertools.islice(left, ahead - len(going)):
+            going.append((job, engine.submit(job.ids, job.sampling)))
+        if not going:
+            return
+        job, tickets = going.popleft()
+        yield job, [ticket.result() for ticket in tickets]
 
 
 def _mark(command: Generate, sampling: Sampling) -> str:

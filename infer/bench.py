@@ -19,6 +19,7 @@ import numpy as np
 import pangu_jax
 from infer import generation, progress
 from infer.commands import Bench
+from infer.engine import bench as engine_bench
 from infer.sampling import Sampling
 from pangu_jax import build
 from pangu_jax.config import ModelConfig
@@ -62,7 +63,15 @@ def run(command: Bench) -> int:
     model = _model(command)
     if command.prompt + command.tokens > model.config.max_positions:
         raise InputError(f"the model has only {model.config.max_positions} positions")
-    result = measure(model, command.prompt, command.tokens, command.batch, command.repeats)
+    sizes = command.prompt, command.tokens, command.batch, command.repeats
+    if command.engine:
+        of_engine = engine_bench.measure(model, *sizes, progress.say)
+        if command.json:
+            print(json.dumps(dataclasses.asdict(of_engine)))
+        else:
+            print(engine_bench.table(of_engine))
+        return 0
+    result = measure(model, *sizes)
     if command.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

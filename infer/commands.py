@@ -68,7 +68,7 @@ class Generate(SamplingFlags, ModelFlags):
     prompt_ids: tuple[int, ...] | None = flag("the prompt as token ids, such as 1,5,9", None)
     input: str | None = flag("JSON lines with prompts", None, metavar="FILE")
     output: str | None = flag("JSON lines with their completions", None, metavar="FILE")
-    batch: int = flag("prompts of --input at a time", 16)
+    batch: int = flag("prompts of --input at a time", 64)
     chat: bool = flag("--prompt is a user's message: use the chat template", False)
     system: str | None = flag("system message of a chat", None)
     think: Think | None = flag("how a chat's message is to be answered", None)
@@ -118,7 +118,19 @@ class Bench:
     tokens: int = flag("tokens to decode", 32)
     batch: int = flag("prompts at a time", 1)
     repeats: int = flag("timed repetitions", 3)
+    engine: bool = flag("measure the engine: --batch requests at a time against one", False)
     json: bool = flag("print one JSON object on stdout", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmup(ModelFlags):
+    """Compile all programs of the engine, so that the next start finds them on disk.
+
+    They are kept for this model's shapes, these settings, this machine and this version of JAX.
+    """
+
+    slots: int = flag("requests at a time, of each replica of attention", 64)
+    context: int | None = flag("tokens of a request at most (else what fits)", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +200,7 @@ COMMANDS = {
     "bench": Bench,
     "plan": Plan,
     "quantize": Quantize,
+    "warmup": Warmup,
 }
 HANDLERS = {
     "Bench": "infer.bench:run",
@@ -197,4 +210,5 @@ HANDLERS = {
     "Eval": "infer.evaluation.command:run",
     "Plan": "infer.plan.command:run",
     "Quantize": "infer.quantize:run",
+    "Warmup": "infer.engine.command:run",
 }

@@ -29,17 +29,21 @@ from pangu_jax.text.tokenizer import Tokenizer
 # Steps whose times are remembered.
 REMEMBERED = 4096
 
-Told = Callable[[str, Completion | None], None]
-"""Called with new text, and the Completion with the last."""
+Told = Callable[[str, "Completion | Exception | None"], None]
+"""Called with new text, and with the last one the Completion, or what stopped the engine."""
 
 
 class Ticket:
-    """A request that was submitted."""
+    """A request that was submitted.
+
+    times: when it was submitted, got its first token, and ended, by `time.perf_counter`
+    """
 
     def __init__(self, row: Row, asked: Asked, told: Told) -> None:
         self.row, self.asked, self.told = row, asked, told
+        self.times = [time.perf_counter()]
         self.request: Request | None = None
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self.done = threading.Event()
 
     def result(self) -> Completion:
@@ -88,7 +92,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="pangu-engine", daemon=True)
         self._lock = threading.Lock()
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._closing = False
         self._step_seconds = 0.0
         self._done = collections.Counter[str]()
@@ -135,7 +139,8 @@ class Engine:
         priority: higher ones go first, and may push lower ones out
         seconds: how long it may take; then it ends as it is ("deadline")
         tenant: prefixes are shared, and turns taken, by tenant
-        told: called from the engine's thread with each new text; it must be quick
+        told: called from the engine's thread with each new text; it must be quick. One that raises
+            is not called again, and its request is given up.
         Raises InputError for what this model or engine cannot do.
         """
         tickets = self._tickets_for(prompt, sampling or Sampling(), told)
@@ -212,13 +217,14 @@ class Engine:
     def _work(self) -> None:
         try:
             self._loop()
-        except BaseException as failure:  # noqa: BLE001 (whoever waits must know)
+        except Exception as failure:  # noqa: BLE001 (whoever waits must know)
             with self._lock:
                 self._failure = failure
             self._drain()
             for ticket in list(self._tickets.values()):
                 ticket.failure = failure
                 ticket.done.set()
+                self._tell(ticket, "", failure)
 
     def _loop(self) -> None:
         flight: Flight | None = None
@@ -284,13 +290,15 @@ class Engine:
         self.scheduler.record(result.of, tokens)
         self._done["tokens"] += len(tokens)
         row = ticket.row
+        if len(ticket.times) == 1:
+            ticket.times.append(time.perf_counter())
         text = row.take(result.ids, result.logprobs, result.top)
         if row.finish_reason is None and row.num_tokens >= request.limit:
             text += row.end()
         if row.finish_reason is not None:
             self._finish(ticket, text)
-        elif text:
-            ticket.told(text, None)
+        elif text and not self._tell(ticket, text, None):
+            self._end(ticket, "cancelled")
 
     def _end(self, ticket: Ticket, reason: FinishReason) -> None:
         if ticket.request in self._tickets:
@@ -301,5 +309,15 @@ class Engine:
         self._done["prompt"] += ticket.request.prompt
         self.scheduler.remove(ticket.request)
         del self._tickets[ticket.request]
+        ticket.times.append(time.perf_counter())
         ticket.done.set()
-        ticket.told(text, ticket.row.completion)
+        self._tell(ticket, text, ticket.row.completion)
+
+    def _tell(self, ticket: Ticket, text: str, end: Completion | Exception | None) -> bool:
+        """False where the listener cannot hear any more: that is no reason to stop for the rest."""
+        try:
+            ticket.told(text, end)
+        except Exception:  # noqa: BLE001 (a listener's own mistake)
+            ticket.told = lambda text, end: None
+            return False
+        return True

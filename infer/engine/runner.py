@@ -118,14 +118,7 @@ class Runner:
         self._slots = programs.empty(model, shape.slots)
         self._place = jax.sharding.NamedSharding(model.mesh, model.layout.rows)
 
-        def traced(leaves: list, *arguments: Any) -> tuple:
-            self.compiled += 1
-            whole = jax.tree.unflatten(structure, leaves)
-            return programs.step(whole, *arguments, length=shape.tile, most=shape.steps)
-
-        # The model's leaves as a list: unwrapping hundreds of modules takes longer than a step.
-        self._step = jax.jit(traced, donate_argnums=(2, 3))
-        self._shape_slot = jax.jit(programs.shape_slot, donate_argnums=0)
+        self._step = _program(structure, shape.tile, shape.steps)
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every program; says what comes next before each."""
@@ -180,6 +173,7 @@ class Runner:
         if num_tiles:
             packed_tiles, floats = self._pack_tiles(tiles, num_tiles)
         put = functools.partial(jax.device_put, device=self._place)
+        before = len(_traced)
         self._pool, self._slots, choice = self._step(
             self._leaves,
             self._budget,
@@ -190,6 +184,7 @@ class Runner:
             floats if floats is None else put(floats),
             jnp.asarray(steps, jnp.int32),
         )
+        self.compiled += len(_traced) - before
         return choice
 
     def _pack_rows(self, rows: list[list[Row]], count: int) -> np.ndarray:
@@ -265,13 +260,33 @@ class Runner:
         self._set_shape(request.rank * self.shape.slots + tile.slot, bias, seen, counts)
 
     def _set_shape(self, at: int, bias: np.ndarray, seen: np.ndarray, counts: np.ndarray) -> None:
-        self._slots = self._shape_slot(
+        self._slots = _shape_slot(
             self._slots,
             jnp.asarray(at, jnp.int32),
             jnp.asarray(bias, jnp.float32),
             jnp.asarray(seen > 0),
             jnp.asarray(counts, jnp.int32),
         )
+
+
+_traced: list[None] = []
+
+
+@functools.lru_cache(maxsize=8)
+def _program(structure: Any, length: int, most: int) -> Callable[..., Any]:
+    """The step of models of one structure. It takes their leaves as a list: unwrapping hundreds of
+    modules at every call takes longer than a small step.
+    """
+
+    def traced(leaves: list, *arguments: Any) -> tuple:
+        _traced.append(None)
+        model = jax.tree.unflatten(structure, leaves)
+        return programs.step(model, *arguments, length=length, most=most)
+
+    return jax.jit(traced, donate_argnums=(2, 3))
+
+
+_shape_slot = jax.jit(programs.shape_slot, donate_argnums=0)
 
 
 def _markers(tokenizer: Tokenizer | None, vocab: int) -> Budget | None:

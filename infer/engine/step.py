@@ -29,7 +29,7 @@ from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.pytree import pytree
 
 # Ids that may end a request (own choice): more are refused.
-MOST_STOPS = 16
+MOST_STOPS = 64
 
 
 @pytree

@@ -1,12 +1,14 @@
 """A file of prompts to a file of answers: each as if alone, in order, resumed, nothing lost."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import pytest
 import infer
 import pangu_jax
 from infer import __main__ as door
-from infer import generation, loading
+from infer import batch as batches
+from infer import loading
+from infer.engine.engine import Engine
+from infer.engine.runner import Shape
 from infer.output import Completion
 from infer.sampling import Sampling
 from pangu_jax.text import chat
@@ -102,34 +107,50 @@ def ids_of(answers: list[dict[str, Any]]) -> list[list[list[int]]]:
     return [[each["token_ids"] for each in line["completions"]] for line in answers]
 
 
-class Played:
-    """Takes the place of generation, at once: remembers what was asked, counts up from the prompt's
-    last id."""
+class Played(Engine):
+    """Takes the place of the engine: remembers what was asked, counts up from the prompt's last id.
+
+    before: called before each completion is given
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], Sampling]] = []
-        self.groups: list[int] = []
+        self.given = 0
         self.before: Callable[[], None] = lambda: None
 
-    def generate(
-        self, model: Any, token_lists: Any, samplings: Any, *, tokenizer: Any
-    ) -> list[Completion]:
-        """As `infer.generate`."""
-        self.before()
-        self.groups.append(len(token_lists))
-        found = []
-        for ids, sampling in zip(token_lists, samplings, strict=True):
-            self.asked.append((ids.tolist(), sampling))
-            for i in range(sampling.n):
-                new = [(int(ids[-1]) + i + j) % 1024 for j in range(4)]
-                found.append(Completion(new, [0.0] * 4, "length", tokenizer.decode(new)))
-        return found
+    def make(self, model: Any, shape: Shape, tokenizer: Any) -> "Played":
+        """As `Engine`."""
+        self.shape, self.tokenizer, self.closed = shape, tokenizer, False
+        return self
+
+    def __enter__(self) -> "Played":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def check(self, length: int) -> None:
+        """Everything fits."""
+
+    def submit(self, ids: np.ndarray, sampling: Sampling) -> list[Any]:
+        """As `Engine.submit`."""
+        self.asked.append((ids.tolist(), sampling))
+
+        def result(i: int) -> Completion:
+            self.before()
+            self.given += 1
+            new = [(int(ids[-1]) + i + j) % 1024 for j in range(4)]
+            return Completion(new, [0.0] * 4, "length", self.tokenizer.decode(new))
+
+        return [
+            types.SimpleNamespace(result=functools.partial(result, i)) for i in range(sampling.n)
+        ]
 
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     found = Played()
-    monkeypatch.setattr(generation, "generate", found.generate)
+    monkeypatch.setattr(batches, "Engine", found.make)
     return found
 
 
@@ -154,7 +175,9 @@ def test_every_kind_of_line_in_order_with_its_other_fields(batch: Batch, played,
     own = [{k: v for k, v in line.items() if k not in ("completions", "run")} for line in answers]
     assert own == lines
     usual = Sampling(max_new_tokens=LENGTH, ignore_eos=True, top_k=9)
-    assert played.groups == [2, 2, 1]
+    assert played.shape.slots == 2
+    assert played.shape.context >= max(len(ids) for ids, _ in played.asked) + LENGTH
+    assert played.closed
     assert played.asked == [
         (words.encode("Hello 你好"), usual),
         ([1, 5, 9], usual),
@@ -414,7 +437,7 @@ def test_ctrl_c_leaves_whole_lines(batch: Batch, played: Played) -> None:
     batch.write(*({"prompt_ids": [1, 5 + i]} for i in range(5)))
 
     def interrupt() -> None:
-        if len(played.groups) == 2:
+        if played.given == 2:
             raise KeyboardInterrupt
 
     played.before = interrupt
@@ -432,7 +455,7 @@ def test_a_crash_leaves_whole_lines(batch: Batch, played: Played) -> None:
     batch.write(*({"prompt_ids": [1, 5 + i]} for i in range(3)))
 
     def crash() -> None:
-        if len(played.groups) == 1:
+        if played.given == 2:
             raise MemoryError
 
     played.before = crash

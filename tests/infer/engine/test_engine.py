@@ -286,8 +286,8 @@ def test_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
         InputError, match=r"41 tokens .* room for 40 .*10 pages of 4.* 64 positions"
     ):
         engine.submit([1] * 41)
-    with pytest.raises(InputError, match="at most 16 stop token ids"):
-        engine.submit([1], Sampling(stop_token_ids=tuple(range(20, 40))))
+    with pytest.raises(InputError, match="at most 64 stop token ids"):
+        engine.submit([1], Sampling(stop_token_ids=tuple(range(20, 90))))
     with pytest.raises(InputError, match="outside the vocabulary"):
         engine.submit([97])
     with pytest.raises(InputError, match="needs a tokenizer"):
