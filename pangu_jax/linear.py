@@ -6,6 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant import product
 from pangu_jax.quant.weight import Weight
 
@@ -35,7 +36,7 @@ def linear(
         two_rows = lambda x, w: _product(jnp.concatenate([x, x]), w, dtype)[:1]
         one_row = lambda x, w: _product(x, w, dtype)
         y = lax.platform_dependent(x, flat, cpu=two_rows, default=one_row)
-    elif 1 < x.shape[0] <= MOST_COLUMNS and x.dtype == jnp.float32:
+    elif _few(x) and not wants_same_bits():
         rows = lambda x, w: _product(x, w, dtype)
         y = lax.platform_dependent(x, flat, cpu=_by_columns, default=rows)
     else:
@@ -45,6 +46,10 @@ def linear(
 
 def _product(x: Array, weight: Array, dtype: DTypeLike | None) -> Array:
     return jnp.einsum("nd,ed->ne", x, weight, preferred_element_type=dtype)
+
+
+def _few(x: Array) -> bool:
+    return 1 < x.shape[0] <= MOST_COLUMNS and x.dtype == jnp.float32
 
 
 def _by_columns(x: Array, weight: Array) -> Array:

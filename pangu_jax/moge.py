@@ -25,9 +25,12 @@ from pangu_jax.mlp import MLP, swiglu
 from pangu_jax.paged import AnyMeta
 from pangu_jax.parallel import boundary
 from pangu_jax.parallel.layout import Layout
-from pangu_jax.precision import exact_if_float32
+from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.pytree import pytree, unchecked
 from pangu_jax.quant.weight import Weight
+
+# Rows of a block where results must not depend on how many there are (`precision.same_bits`).
+SAME_BITS_BLOCK = 8
 
 
 @pytree
@@ -223,7 +226,7 @@ def mix_experts(
     """
     N, k = experts.shape
     E = held.count
-    size = _block_size(N * k, among or E)
+    size = SAME_BITS_BLOCK if wants_same_bits() else _block_size(N * k, among or E)
     num_blocks = (N * k + E * (size - 1)) // size
 
     order = jnp.argsort(experts.reshape(-1), stable=True)  # sorted rank -> pair

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.parallel import boundary
+from pangu_jax.precision import wants_same_bits
 from pangu_jax.pytree import pytree
 from pangu_jax.quant import cached
 from pangu_jax.quant.cached import Rows
@@ -89,11 +90,20 @@ def attend(
     """
     done, mixed = 0, []
     for grid in meta.grids:
+        grid = _one_by_one(grid) if wants_same_bits() else grid
         rows, length = grid.positions.shape
         own = queries[0, done : done + rows * length].reshape(rows, length, *queries.shape[2:])
         mixed.append(_attend(own, cache, grid, scales).reshape(1, rows * length, *own.shape[2:]))
         done += rows * length
     return jnp.concatenate(mixed, axis=1)
+
+
+def _one_by_one(grid: Grid) -> Grid:
+    """Every token as a row of its own: a product of one query is another one than of several."""
+    length = grid.positions.shape[1]
+    alone = lambda array: array.reshape(-1, 1)
+    tables = jnp.repeat(grid.tables, length, axis=0)
+    return Grid(alone(grid.positions), alone(grid.valid), tables)
 
 
 def _attend(

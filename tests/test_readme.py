@@ -32,7 +32,7 @@ SHELL = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 
 def test_commands_parse() -> None:
     ours = [shlex.split(line, comments=True) for line in SHELL if line.startswith("pangu-infer")]
-    shown = {"check", "chat", "generate", "bench", "eval", "plan", "quantize"}
+    shown = {"check", "chat", "generate", "bench", "eval", "plan", "quantize", "warmup"}
     assert {words[1] for words in ours} == shown
     for words in ours:
         cli.parse("pangu-infer", "", commands.COMMANDS, words[1:])

@@ -37,6 +37,7 @@ class LLM:
     slots: requests at a time, of each replica of attention
     context: tokens of a request at most; None is what the model has and memory allows
     memory: bytes of keys and values on each device; None is what is left
+    deterministic: what a request gets does not depend on the others, to the last bit; slower
 
     Programs are compiled when they are needed first; `warm_up` compiles them all. Close it (or use
     it in a `with`) when it is done. Raises CheckpointError, ConfigError.
@@ -54,6 +55,7 @@ class LLM:
         slots: int = 64,
         context: int | None = None,
         memory: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         if not isinstance(model, Pangu):
             folder = Path(model)
@@ -61,7 +63,7 @@ class LLM:
             tokenizer = tokenizer or loading.tokenizer(folder, model.config)
         if cache is not None:
             model = build.with_cache(model, cache)
-        shape = sizes.fitting(model, Wish(slots, context, memory))
+        shape = sizes.fitting(model, Wish(slots, context, memory, deterministic=deterministic))
         self.engine = Engine(model, shape, tokenizer)
         self._started = False
 

@@ -1,5 +1,6 @@
 """The engine's device side: pool, slots, and the programs for a few shapes of a step."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ from infer.sampler import Choice
 from infer.sampling import Sampling
 from infer.thinking import NO_BUDGET, NOT_THINKING, Budget
 from pangu_jax.model import Pangu
+from pangu_jax.precision import same_bits
 from pangu_jax.text.tokenizer import Tokenizer
 
 
@@ -31,6 +33,8 @@ class Shape:
     tile, tiles: tokens of a tile, and tiles of a step at most
     context: tokens of a request at most, prompt and answer
     steps: tokens decoded in one dispatch at most
+    deterministic: what a request gets does not depend on the others, to the last bit: all steps are
+        padded to one size (on accelerators with tiles, too: their products differ by size)
     """
 
     slots: int
@@ -40,6 +44,7 @@ class Shape:
     tiles: int
     context: int
     steps: int
+    deterministic: bool = False
 
     @property
     def table(self) -> int:
@@ -48,10 +53,12 @@ class Shape:
 
     def row_sizes(self) -> list[int]:
         """Numbers of rows that steps are padded to."""
-        return _sizes(self.slots)
+        return [max(self.slots, 8)] if self.deterministic else _sizes(self.slots)
 
     def tile_sizes(self) -> list[int]:
         """Numbers of tiles that steps are padded to."""
+        if self.deterministic:
+            return [0, self.tiles] if jax.default_backend() == "cpu" else [self.tiles]
         return [0, *_sizes(self.tiles)]
 
 
@@ -118,7 +125,7 @@ class Runner:
         self._slots = programs.empty(model, shape.slots)
         self._place = jax.sharding.NamedSharding(model.mesh, model.layout.rows)
 
-        self._step = _program(structure, shape.tile, shape.steps)
+        self._step = _program(structure, shape.tile, shape.steps, shape.deterministic)
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every program; says what comes next before each."""
@@ -273,7 +280,7 @@ _traced: list[None] = []
 
 
 @functools.lru_cache(maxsize=8)
-def _program(structure: Any, length: int, most: int) -> Callable[..., Any]:
+def _program(structure: Any, length: int, most: int, deterministic: bool) -> Callable[..., Any]:
     """The step of models of one structure. It takes their leaves as a list: unwrapping hundreds of
     modules at every call takes longer than a small step.
     """
@@ -281,7 +288,8 @@ def _program(structure: Any, length: int, most: int) -> Callable[..., Any]:
     def traced(leaves: list, *arguments: Any) -> tuple:
         _traced.append(None)
         model = jax.tree.unflatten(structure, leaves)
-        return programs.step(model, *arguments, length=length, most=most)
+        with same_bits() if deterministic else contextlib.nullcontext():
+            return programs.step(model, *arguments, length=length, most=most)
 
     return jax.jit(traced, donate_argnums=(2, 3))
 

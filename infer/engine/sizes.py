@@ -33,12 +33,14 @@ class Wish:
     context: tokens of a request at most, prompt and answer
     memory: bytes of pages on each device
     page: tokens of a page
+    deterministic: see `Shape`
     """
 
     slots: int = 64
     context: int | None = None
     memory: int | None = None
     page: int | None = None
+    deterministic: bool = False
 
 
 def fitting(model: Pangu, wish: Wish = Wish()) -> Shape:
@@ -64,7 +66,8 @@ def fitting(model: Pangu, wish: Wish = Wish()) -> Shape:
         raise ConfigError(
             f"no room for pages: one takes {of_page:,} bytes on each device, and {room:,} are left"
         )
-    return Shape(wish.slots, pages, page, tile, tiles, min(context, pages * page), STEPS)
+    fits, own = min(context, pages * page), wish.deterministic
+    return Shape(wish.slots, pages, page, tile, tiles, fits, STEPS, own)
 
 
 def page_bytes(model: Pangu, page: int) -> int:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from pangu_jax.parallel import boundary
-from pangu_jax.precision import exact_if_float32
+from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.quant import rows
 from pangu_jax.quant.weight import KINDS, Weight
 
@@ -111,7 +111,7 @@ def _floats(x: Array, weight: Weight) -> Array:
         weight, x = lax.optimization_barrier((weight, x))
         floats = weight.floats(x.dtype)
         return jnp.einsum("nd,ed->ne", x, floats, preferred_element_type=jnp.float32)
-    if weight.scheme.numbers == "fp8" or x.shape[0] > DIGIT_ROWS:
+    if weight.scheme.numbers == "fp8" or x.shape[0] > DIGIT_ROWS or wants_same_bits():
         return _taken_to_floats(x, weight)
     return lax.platform_dependent(x, weight, cpu=_in_digits, default=_taken_to_floats)
 

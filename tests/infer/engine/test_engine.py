@@ -321,3 +321,46 @@ def test_a_failure_reaches_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RuntimeError, match="the engine stopped"):
         engine.submit([1])
     engine.close()
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def optimised() -> Any:
+    """As users compile: what is optimised is what might differ."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("moge", marks=SLOW)])
+@pytest.mark.parametrize("cache", [None, pytest.param("int8", marks=SLOW)])
+def test_deterministic_bits(name: str, cache: Any, optimised: None) -> None:
+    """Alone, in a crowd, after a prefix that was there, pushed out and back: one answer, to the
+    last bit.
+    """
+    model = build.with_cache(pangu_jax.init(WIDER[name], jax.random.key(0)), cache)
+    rng = np.random.default_rng(1)
+    shared = rng.integers(0, 97, 20).tolist()
+    prompts = [
+        shared[: rng.integers(1, 20)] + rng.integers(0, 97, rng.integers(1, 9)).tolist()
+        for _ in range(10)
+    ]
+    sampling = Sampling(max_new_tokens=20, ignore_eos=True)
+    shape = dataclasses.replace(TIGHT, pages=14, context=56, deterministic=True)
+    with Engine(model, shape) as engine:
+        alone = [engine.submit(prompt, sampling)[0].result() for prompt in prompts]
+        for _ in range(2):
+            tickets = [engine.submit(prompt, sampling)[0] for prompt in prompts]
+            crowd = [ticket.result() for ticket in tickets]
+            assert [c.logprobs for c in crowd] == [c.logprobs for c in alone]
+            assert [c.token_ids for c in crowd] == [c.token_ids for c in alone]
+        assert engine.stats.preemptions > 0
+        assert engine.stats.prefix_tokens > 0
+
+
+WIDER = {
+    name: dataclasses.replace(config, hidden_size=64, num_layers=2, head_dim=16, num_heads=4)
+    for name, config in layouts.MODELS.items()
+}
