@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pangu_jax.build import abstract, convert, init, quantize
-    from pangu_jax.checkpoint.hf import load, save_hf
+    from pangu_jax.checkpoint.hf import load
+    from pangu_jax.checkpoint.save import save_hf
     from pangu_jax.config import ModelConfig, MoGEConfig, preset
     from pangu_jax.errors import CheckpointError, ConfigError, InputError, PanguError
     from pangu_jax.model import Pangu
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "pangu_jax.checkpoint.hf",
-    "save_hf": "pangu_jax.checkpoint.hf",
+    "save_hf": "pangu_jax.checkpoint.save",
     "ModelConfig": "pangu_jax.config",
     "MoGEConfig": "pangu_jax.config",
     "preset": "pangu_jax.config",

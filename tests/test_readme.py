@@ -77,8 +77,11 @@ def test_no_placeholder_is_left() -> None:
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     (tree,) = re.findall(r"```\n(pangu_jax/ .*?)```", README, re.DOTALL)
+    top = ""
     for line in tree.splitlines():
-        indent = "pangu_jax/" if line.startswith("  ") else ""
+        inside = line.startswith("  ")
+        top = top if inside else line.split()[0]
+        indent = top if inside else ""
         for name in re.findall(r"[\w]+(?:\.py|/)(?=\s)", line):
             assert (ROOT / indent / name).exists(), name
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pangu_jax import strict
-from pangu_jax.checkpoint import hf, hf_config, names, quantised, safetensors
+from pangu_jax.checkpoint import description, hf, hf_config, names, quantised, safetensors, save
 from pangu_jax.checkpoint.folder import INDEX, Folder
 from pangu_jax.checkpoint.names import Part
 from pangu_jax.checkpoint.quantised import Description
@@ -126,7 +126,7 @@ def quantise(
     if hf.read_description(tensors, raw, config) is not None:
         raise CheckpointError(f"{source}: is quantised already; take the float model")
     parts = hf.check_tensors(config, tensors, None)
-    hf.words_for(said, config)  # before anything is written
+    save.words_for(said, config)  # before anything is written
     target = Path(os.path.realpath(target))  # a link to an empty folder stays a link
     partial = target.parent / f".{target.name}.quantising"
     try:
@@ -138,10 +138,10 @@ def quantise(
         _write_shards(config, tensors, partial, said, progress, total)
         kept = hf_config.remembered(raw)
         written = hf_config.to_hf(config, config.dtype, kept)
-        for name in ("config.json", hf.description.FILE):
+        for name in ("config.json", description.FILE):
             (partial / name).unlink(missing_ok=True)
-        hf.write_description(partial, written, said, config)
-        hf.write_json(partial / "config.json", written)
+        save.write_description(partial, written, said, config)
+        save.write_json(partial / "config.json", written)
         for name, _ in hf.companions(source):
             shutil.copyfile(source / name, partial / name)
         os.replace(partial, target)
@@ -165,7 +165,7 @@ def _check_manifest(partial: Path, tensors: Folder, said: Description) -> None:
     }
     file = partial / MANIFEST
     if not file.exists():
-        hf.write_json(file, own)
+        save.write_json(file, own)
         return
     try:
         there = strict.read_json_object(file)
@@ -202,7 +202,7 @@ def _write_shards(
             done = round(total * i / len(every))
             progress(done, total)
     (partial / INDEX).unlink(missing_ok=True)
-    hf.write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    save.write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
 def _is_complete(file: Path, specs: list[safetensors.Spec]) -> bool:

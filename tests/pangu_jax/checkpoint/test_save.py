@@ -16,7 +16,7 @@ import safetensors.numpy as library_numpy
 
 import pangu_jax
 from pangu_jax.build import named_leaves
-from pangu_jax.checkpoint import hf, hf_config
+from pangu_jax.checkpoint import hf_config, save
 from tests import folders, reference
 
 Raw = dict[str, Any]
@@ -531,7 +531,7 @@ def test_an_interruption_leaves_nothing(
             count = {"first": 0, "third": 2, "fifth": 4}[where.split()[0]]
             patch.setattr(os, "fsync", after(count, os.fsync))
         elif where == "companions":
-            patch.setattr(hf, "_copy_companions", interrupt)
+            patch.setattr(save, "_copy_companions", interrupt)
         elif where == "rename":
             for name in ("replace", "rename"):
                 patch.setattr(os, name, interrupt)

@@ -14,7 +14,7 @@ import pytest
 
 import pangu_jax
 from pangu_jax import build
-from pangu_jax.checkpoint import hf, safetensors, streamed
+from pangu_jax.checkpoint import hf, names, safetensors, save, streamed
 from pangu_jax.checkpoint.quantised import Description
 from pangu_jax.errors import CheckpointError
 from pangu_jax.quant import scheme as schemes
@@ -242,7 +242,7 @@ CALLS = [
     (shutil, "copyfile"),
     (Path, "unlink"),
     (Path, "mkdir"),
-    (hf, "write_json"),
+    (save, "write_json"),
 ]
 
 
@@ -562,7 +562,7 @@ def test_shards_are_made_one_tensor_at_a_time() -> None:
     config = pangu_jax.preset("nano-moge")
     read: list[str] = []
     rng = np.random.default_rng(0)
-    shapes = {part.name: part.shape for _, ps in hf.names.leaves(config) for part in ps}
+    shapes = {part.name: part.shape for _, ps in names.leaves(config) for part in ps}
 
     def source(name: str) -> np.ndarray:
         read.append(name)
