@@ -41,14 +41,20 @@ def run(
         pass  # whoever cannot write there shall know before the model is loaded
     model, _ = loading.model(command)
     longest = max(job.ids.size + job.sampling.max_new_tokens for job in todo[done:])
-    shape = sizes.fitting(model, Wish(command.batch, longest))
+    replicas = model.layout.size(model.layout.of("batch"))
+    shape = sizes.fitting(model, Wish(-(-command.batch // replicas), longest))
+    if shape.context < min(longest, config.max_positions):
+        raise InputError(
+            f"memory has room for {shape.context:,} tokens of a prompt and its answer, which may "
+            f"have {longest:,}; try a smaller --max-new-tokens or --batch, or --cache int8"
+        )
     with (
         Engine(model, shape, tokenizer) as engine,
         output.open("ab") as file,
         progress.answering(len(todo), done) as advance,
     ):
         for job in todo[done:]:
-            engine.check(job.ids.size)
+            engine.check(job.ids, job.sampling)
         for job, completions in _answered(engine, todo[done:]):
             found = [as_json(each, tokenizer, job.chat, job.think) for each in completions]
             line = {**job.line, "completions": found, "run": mark}
@@ -60,8 +66,10 @@ def run(
 
 
 def _answered(engine: Engine, todo: list[Job]) -> Iterator[tuple[Job, list[Completion]]]:
-    """The jobs in order, with their completions; so many are under way that no slot is empty."""
-    ahead = 4 * engine.shape.slots
+    """The jobs in order, with their completions. So many are under way that slots are seldom empty,
+    and memory holds what is done.
+    """
+    ahead = 4 * engine.capacity
     going: collections.deque[tuple[Job, list[Ticket]]] = collections.deque()
     left = iter(todo)
     while True:

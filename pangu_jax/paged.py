@@ -86,7 +86,7 @@ def attend(
     scales: Float[Array, "K 2 H"] | None,
 ) -> Float[Array, "1 N K g H"]:
     """softmax(q k^T / sqrt(H)) v over what is in each row's pages at or before each query's
-    position; softmax and sums in float32. A query of padding gets something finite.
+    position; softmax and sums in float32. What a query of padding gets is unspecified.
     """
     done, mixed = 0, []
     for grid in meta.grids:
@@ -117,8 +117,8 @@ def _attend(
 
     slots, most = cache.keys.shape[-2], grid.tables.shape[1]
     sizes = {name: min(most, math.ceil(least / slots)) for name, least in BLOCK.items()}
-    if sizes["cpu"] == sizes["default"]:
-        return in_blocks(sizes["default"])
+    if sizes["cpu"] == sizes["default"] or wants_same_bits():  # every token is a row then
+        return in_blocks(sizes["cpu"])
     cpu, default = (functools.partial(in_blocks, sizes[name]) for name in ("cpu", "default"))
     return lax.platform_dependent(cpu=cpu, default=default)
 

@@ -46,12 +46,12 @@ class Result:
 def measure(
     model: Pangu, prompt: int, tokens: int, batch: int, repeats: int, say: Callable[[str], None]
 ) -> Result:
-    """Times `repeats` rounds of 4 x `batch` requests."""
-    rng = np.random.default_rng(0)
+    """Times `repeats` rounds of 4 x `batch` requests, `batch` at a time."""
+    rng, replicas = np.random.default_rng(0), model.layout.size(model.layout.of("batch"))
     draw = lambda count: rng.integers(0, model.config.vocab_size, (count, prompt))
     sampling, shape = (
         Sampling(tokens, ignore_eos=True),
-        sizes.fitting(model, Wish(slots=batch, context=prompt + tokens)),
+        sizes.fitting(model, Wish(slots=-(-batch // replicas), context=prompt + tokens)),
     )
     engine = Engine(model, shape)
     for line in engine.warm_up():

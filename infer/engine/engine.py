@@ -5,6 +5,7 @@ certain.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import queue
@@ -12,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from infer import inputs
 from infer.engine.pages import Pages
@@ -22,6 +24,7 @@ from infer.engine.step import MOST_STOPS
 from infer.generation import STREAM_SECONDS, Prompt
 from infer.output import Completion, FinishReason, Row
 from infer.sampling import Sampling
+from pangu_jax import strict
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
 from pangu_jax.text.tokenizer import Tokenizer
@@ -29,7 +32,7 @@ from pangu_jax.text.tokenizer import Tokenizer
 # Steps whose times are remembered.
 REMEMBERED = 4096
 
-Told = Callable[[str, "Completion | Exception | None"], None]
+Told = Callable[[str, "Completion | BaseException | None"], None]
 """Called with new text, and with the last one the Completion, or what stopped the engine."""
 
 
@@ -43,7 +46,7 @@ class Ticket:
         self.row, self.asked, self.told = row, asked, told
         self.times = [time.perf_counter()]
         self.request: Request | None = None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.done = threading.Event()
 
     def result(self) -> Completion:
@@ -92,8 +95,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="pangu-engine", daemon=True)
         self._lock = threading.Lock()
-        self._failure: Exception | None = None
-        self._closing = False
+        self._failure: BaseException | None = None
+        self._started = self._closing = False
         self._step_seconds = 0.0
         self._done = collections.Counter[str]()
         self._host = collections.deque[float](maxlen=REMEMBERED)
@@ -105,9 +108,22 @@ class Engine:
         """Compiles all that will run; says what comes next before each program. Before `start`."""
         yield from self.runner.warm_up()
 
+    @property
+    def started(self) -> bool:
+        """Whether it works, or has worked."""
+        return self._started
+
+    @property
+    def capacity(self) -> int:
+        """Requests at a time, of all replicas of attention."""
+        return self.shape.slots * len(self._pools)
+
     def start(self) -> None:
-        """Begins to work."""
-        self._thread.start()
+        """Begins to work; nothing if it does."""
+        with self._lock:
+            if not self._started and not self._closing:
+                self._started = True
+                self._thread.start()
 
     def close(self) -> None:
         """Gives up what is not done yet ("cancelled"), and stops."""
@@ -116,6 +132,9 @@ class Engine:
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        elif self._failure is None:  # it was never started
+            self._drain()
+            self._give_up()
 
     def __enter__(self) -> "Engine":
         self.start()
@@ -143,6 +162,7 @@ class Engine:
             is not called again, and its request is given up.
         Raises InputError for what this model or engine cannot do.
         """
+        _check_manners(priority, seconds, tenant)
         tickets = self._tickets_for(prompt, sampling or Sampling(), told)
         ids, limit = [int(token) for token in prompt], self._limit(len(prompt), sampling)
         deadline = self.scheduler.clock() + seconds
@@ -152,6 +172,7 @@ class Engine:
             for ticket, request in zip(tickets, requests, strict=True):
                 ticket.request = request
                 self._tickets[request] = ticket
+            for request in requests:
                 self.scheduler.add(request)
 
         self._post(add)
@@ -179,13 +200,22 @@ class Engine:
             list(self._wait),
         )
 
-    def check(self, prompt_length: int) -> None:
-        """Raises InputError for a prompt that can never fit."""
-        if prompt_length > self.shape.context:
+    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises InputError for what this engine cannot do: a prompt that can never fit, ..."""
+        config = self.model.config
+        length = inputs.check_prompt(config, prompt).size
+        inputs.check_sampling(sampling, config, self.tokenizer)
+        count = len(inputs.end_ids(sampling, config))
+        if count > MOST_STOPS:
             raise InputError(
-                f"a prompt of {prompt_length:,} tokens does not fit: this engine has room for "
+                f"{count} stop token ids, the model's own included; at most {MOST_STOPS} may be"
+            )
+        if length > self.shape.context:
+            raise InputError(
+                f"a prompt of {length:,} tokens does not fit: this engine has room for "
                 f"{self.shape.context:,} tokens of a request ({self.shape.pages:,} pages of "
-                f"{self.shape.page}; the model has {self.model.config.max_positions:,} positions)"
+                f"{self.shape.page}; the model has {self.model.config.max_positions:,} positions); "
+                "shorten it, or give the engine more context or memory"
             )
 
     def _limit(self, prompt_length: int, sampling: Sampling | None) -> int:
@@ -194,12 +224,8 @@ class Engine:
         return min(wanted, self.shape.context - prompt_length + 1)
 
     def _tickets_for(self, prompt: Prompt, sampling: Sampling, told: Told) -> list[Ticket]:
-        config = self.model.config
-        self.check(inputs.check_prompt(config, prompt).size)
-        inputs.check_sampling(sampling, config, self.tokenizer)
-        ends = inputs.end_ids(sampling, config)
-        if len(ends) > MOST_STOPS:
-            raise InputError(f"at most {MOST_STOPS} stop token ids, the model's own included")
+        self.check(prompt, sampling)
+        ends = inputs.end_ids(sampling, self.model.config)
         seed = secrets.randbits(31) if sampling.seed is None else int(sampling.seed) % 2**31
         asked = [Asked(sampling, seed, which, tuple(ends)) for which in range(sampling.n)]
         return [Ticket(Row(sampling, ends, self.tokenizer), each, told) for each in asked]
@@ -217,7 +243,7 @@ class Engine:
     def _work(self) -> None:
         try:
             self._loop()
-        except Exception as failure:  # noqa: BLE001 (whoever waits must know)
+        except BaseException as failure:  # noqa: BLE001 (whoever waits must know)
             with self._lock:
                 self._failure = failure
             self._drain()
@@ -231,7 +257,8 @@ class Engine:
         while self._take(wait=flight is None and not self._tickets):
             start = time.perf_counter()
             for request in self.scheduler.expired():
-                self._end(self._tickets[request], "deadline")
+                if request in self._tickets:
+                    self._end(self._tickets[request], "deadline")
             batch = self.scheduler.schedule(self._steps())
             following = self.runner.dispatch(batch) if batch else None
             if flight is None and following is None and self._tickets:
@@ -245,6 +272,9 @@ class Engine:
                 self._note(results, back - start, time.perf_counter() - back + ready - start)
                 self._wait.append(back - ready)
             flight = following
+        self._give_up()
+
+    def _give_up(self) -> None:
         for ticket in list(self._tickets.values()):
             self._end(ticket, "cancelled")
 
@@ -265,7 +295,8 @@ class Engine:
         while not self._inbox.empty():
             action = self._inbox.get()
             if action is not None:
-                action()
+                with contextlib.suppress(Exception):  # it may be what went wrong
+                    action()
 
     def _steps(self) -> int:
         """Decode steps of the next dispatch: text shall come in time."""
@@ -313,11 +344,21 @@ class Engine:
         ticket.done.set()
         self._tell(ticket, text, ticket.row.completion)
 
-    def _tell(self, ticket: Ticket, text: str, end: Completion | Exception | None) -> bool:
+    def _tell(self, ticket: Ticket, text: str, end: Completion | BaseException | None) -> bool:
         """False where the listener cannot hear any more: that is no reason to stop for the rest."""
         try:
             ticket.told(text, end)
-        except Exception:  # noqa: BLE001 (a listener's own mistake)
+        except BaseException:  # noqa: BLE001 (a listener's own mistake)
             ticket.told = lambda text, end: None
             return False
         return True
+
+
+def _check_manners(priority: Any, seconds: Any, tenant: Any) -> None:
+    """Raises InputError for what only the engine's thread would stumble over."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise InputError(f"priority must be an integer, not {strict.describe(priority)}")
+    if not isinstance(seconds, int | float) or math.isnan(seconds):
+        raise InputError(f"seconds must be a number, not {strict.describe(seconds)}")
+    if not isinstance(tenant, str) or not tenant.isprintable():
+        raise InputError(f"tenant must be printable text, not {strict.describe(tenant)}")

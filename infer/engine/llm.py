@@ -65,7 +65,6 @@ class LLM:
             model = build.with_cache(model, cache)
         shape = sizes.fitting(model, Wish(slots, context, memory, deterministic=deterministic))
         self.engine = Engine(model, shape, tokenizer)
-        self._started = False
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -74,7 +73,7 @@ class LLM:
 
     def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Compiles every program, before the first request; `say` is told what comes next."""
-        if self._started:
+        if self.engine.started:
             raise InputError("warm_up comes before the first request")
         for line in self.engine.warm_up():
             say(line)
@@ -83,9 +82,7 @@ class LLM:
         self, prompt: str | Sequence[int] | np.ndarray, sampling: Sampling | None = None, **how: Any
     ) -> list[Ticket]:
         """Tickets for a prompt of text or ids; `how` as for `Engine.submit`."""
-        if not self._started:
-            self._started = True
-            self.engine.start()
+        self.engine.start()
         return self.engine.submit(self._ids(prompt), sampling, **how)
 
     def generate(
@@ -104,8 +101,8 @@ class LLM:
         config = self.engine.model.config
         ids = [inputs.check_prompt(config, self._ids(prompt)) for prompt in prompts]
         settings = inputs.settings(sampling, len(ids), config, self.tokenizer)
-        for each in ids:
-            self.engine.check(each.size)
+        for pair in zip(ids, settings, strict=True):
+            self.engine.check(*pair)
         tickets: list[Ticket] = []
         try:
             for pair in zip(ids, settings, strict=True):
@@ -137,7 +134,7 @@ class LLM:
             raise InputError("n must be 1 in a stream")
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
 
-        def told(text: str, end: Completion | Exception | None) -> None:
+        def told(text: str, end: Completion | BaseException | None) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, (text, end))
 
         how: dict[str, Any] = dict(priority=priority, seconds=seconds, tenant=tenant, told=told)
@@ -148,7 +145,7 @@ class LLM:
                 text, end = await heard.get()
                 if text:
                     yield text
-            if isinstance(end, Exception):
+            if isinstance(end, BaseException):
                 raise RuntimeError("the engine stopped") from end
             yield end
         finally:

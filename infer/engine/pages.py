@@ -8,7 +8,7 @@ used first.
 
 import collections
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class Pages:
         """Whether there is room for `count` fresh pages beside `shared` ones."""
         idle = sum(self._uses[page] == 0 for page in shared)
         return count + idle <= self.free
+
+    def freed_by(self, pages: Iterable[int]) -> int:
+        """How many pages would be free if each of these had one user less."""
+        return sum(self._uses[page] == less for page, less in collections.Counter(pages).items())
 
     def share(self, pages: Sequence[int]) -> None:
         """One user more of each page, from `match`."""

@@ -41,6 +41,7 @@ class Request:
         """Tokens whose keys and values are in pages, or will be when what is dispatched is done."""
         self.pending = 0
         """Tokens that are being chosen on the device: not in `tokens` yet."""
+        self.ended = False
         self.decoding = False
         """Whether all that is known was read: the next token is the one the device chose last."""
         self._names: list[Name] = []

@@ -19,6 +19,7 @@ from infer.engine.step import FLOATS
 from infer.sampler import Choice
 from infer.sampling import Sampling
 from infer.thinking import NO_BUDGET, NOT_THINKING, Budget
+from pangu_jax.errors import ConfigError
 from pangu_jax.model import Pangu
 from pangu_jax.precision import same_bits
 from pangu_jax.text.tokenizer import Tokenizer
@@ -46,6 +47,13 @@ class Shape:
     steps: int
     deterministic: bool = False
 
+    def __post_init__(self) -> None:
+        if self.context > self.pages * self.page:
+            raise ConfigError(
+                f"{self.pages:,} pages of {self.page} tokens have no room for a request of "
+                f"{self.context:,}; take more pages, or a smaller context"
+            )
+
     @property
     def table(self) -> int:
         """Pages of a request at most."""
@@ -55,10 +63,10 @@ class Shape:
         """Numbers of rows that steps are padded to."""
         return [max(self.slots, 8)] if self.deterministic else _sizes(self.slots)
 
-    def tile_sizes(self) -> list[int]:
+    def tile_sizes(self, platform: str) -> list[int]:
         """Numbers of tiles that steps are padded to."""
         if self.deterministic:
-            return [0, self.tiles] if jax.default_backend() == "cpu" else [self.tiles]
+            return [0, self.tiles] if platform == "cpu" else [self.tiles]
         return [0, *_sizes(self.tiles)]
 
 
@@ -114,11 +122,11 @@ class Runner:
         asked: Callable[[Request], Asked],
     ) -> None:
         self.model, self.shape = model, shape
-        self.compiled = 0
-        """Programs traced so far: flat once all are warm."""
         self._asked = asked
         self._ranks = model.layout.size(model.layout.of("batch"))
         self._vocab = model.config.vocab_size
+        platform = next(iter(model.embed[...].devices())).platform
+        self._row_sizes, self._tile_sizes = shape.row_sizes(), shape.tile_sizes(platform)
         self._budget = _markers(tokenizer, self._vocab)
         self._leaves, structure = jax.tree.flatten(model)
         self._pool = jax.jit(lambda: model.empty_cache(shape.pages * self._ranks, shape.page))()
@@ -127,20 +135,27 @@ class Runner:
 
         self._step = _program(structure, shape.tile, shape.steps, shape.deterministic)
 
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far, for models of this structure: flat once all are warm."""
+        return sum(getattr(program, "_cache_size")() for program in (self._step, _shape_slot))  # noqa: B009
+
     def warm_up(self) -> Iterator[str]:
         """Compiles every program; says what comes next before each."""
-        sizes = list(itertools.product(self.shape.row_sizes(), self.shape.tile_sizes()))
+        sizes = list(itertools.product(self._row_sizes, self._tile_sizes))
+        rows = tiles = 0
         for done, (rows, tiles) in enumerate(sizes):
             yield f"compiling {done + 1} of {len(sizes) + 1}: {rows} rows, {tiles} tiles"
             jax.block_until_ready(self._run([], [], rows, tiles, 1))
         yield f"compiling {len(sizes) + 1} of {len(sizes) + 1}: shaped logits"
         blank = np.zeros(self._vocab)
         self._set_shape(0, blank, blank, blank)
+        jax.block_until_ready(self._run([], [], rows, tiles, 1))  # finds everything in its place
 
     def dispatch(self, batch: Batch) -> Flight:
         """Starts a step; what it chooses is in the Flight when the device is done."""
-        rows = next(n for n in self.shape.row_sizes() if n >= max(map(len, batch.rows)))
-        tiles = next(n for n in self.shape.tile_sizes() if n >= max(map(len, batch.tiles)))
+        rows = next(n for n in self._row_sizes if n >= max(map(len, batch.rows)))
+        tiles = next(n for n in self._tile_sizes if n >= max(map(len, batch.tiles)))
         for tile in itertools.chain(*batch.tiles):
             if tile.last:
                 self._shape_logits(tile)
@@ -180,7 +195,6 @@ class Runner:
         if num_tiles:
             packed_tiles, floats = self._pack_tiles(tiles, num_tiles)
         put = functools.partial(jax.device_put, device=self._place)
-        before = len(_traced)
         self._pool, self._slots, choice = self._step(
             self._leaves,
             self._budget,
@@ -191,7 +205,6 @@ class Runner:
             floats if floats is None else put(floats),
             jnp.asarray(steps, jnp.int32),
         )
-        self.compiled += len(_traced) - before
         return choice
 
     def _pack_rows(self, rows: list[list[Row]], count: int) -> np.ndarray:
@@ -273,10 +286,8 @@ class Runner:
             jnp.asarray(bias, jnp.float32),
             jnp.asarray(seen > 0),
             jnp.asarray(counts, jnp.int32),
+            place=self._place,
         )
-
-
-_traced: list[None] = []
 
 
 @functools.lru_cache(maxsize=8)
@@ -286,7 +297,6 @@ def _program(structure: Any, length: int, most: int, deterministic: bool) -> Cal
     """
 
     def traced(leaves: list, *arguments: Any) -> tuple:
-        _traced.append(None)
         model = jax.tree.unflatten(structure, leaves)
         with same_bits() if deterministic else contextlib.nullcontext():
             return programs.step(model, *arguments, length=length, most=most)
@@ -294,7 +304,7 @@ def _program(structure: Any, length: int, most: int, deterministic: bool) -> Cal
     return jax.jit(traced, donate_argnums=(2, 3))
 
 
-_shape_slot = jax.jit(programs.shape_slot, donate_argnums=0)
+_shape_slot = jax.jit(programs.shape_slot, donate_argnums=0, static_argnames="place")
 
 
 def _markers(tokenizer: Tokenizer | None, vocab: int) -> Budget | None:

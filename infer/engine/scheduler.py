@@ -8,9 +8,12 @@ of that rank starts again later, from its tokens: what it had computed is often 
 
 import collections
 import dataclasses
+import heapq
 import itertools
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -81,6 +84,7 @@ class Scheduler:
         self._waiting = _Queue()
         self._running: list[Request] = []
         self._slots = [list(range(limits.slots - 1, -1, -1)) for _ in pools]
+        self._deadlines: list[tuple[float, int, Request]] = []
         self._arrivals = 0
         self._must_wait = False
 
@@ -97,19 +101,27 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts a request in the queue."""
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        if request.deadline < math.inf:
+            if len(self._deadlines) > 2 * (self.waiting + self.running) + 64:
+                self._deadlines = [each for each in self._deadlines if not each[2].ended]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
         self._waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Forgets a request that has ended or is not wanted any more; its pages are free."""
+        request.ended = True
         if request.running:
             self._displace(request)
         else:
             self._waiting.discard(request)
 
     def expired(self) -> list[Request]:
-        """Those whose deadline has passed."""
-        now = self.clock()
-        return [r for r in (*self._running, *self._waiting) if r.deadline <= now]
+        """Those whose deadline has passed since the last time; some may have ended before."""
+        now, found = self.clock(), []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            found.append(heapq.heappop(self._deadlines)[2])
+        return found
 
     def schedule(self, steps: int = 1) -> Batch | None:
         """The next step; None when there is nothing to do, or nothing before the results of what is
@@ -198,8 +210,9 @@ class Scheduler:
     # --- reading --------------------------------------------------------------------------------
 
     def _prompts_to_read(self) -> bool:
-        waits = len(self._waiting) > 0 and any(self._slots)
-        return waits or any(not r.decoding for r in self._running)
+        first = self._waiting.first()
+        enters = first is not None and self._rank_for(first) is not None
+        return enters or any(not r.decoding for r in self._running)
 
     def _read(self) -> list[list[Tile]]:
         """Tiles of prompts: first of those that have a place, then of those that get one."""
@@ -244,7 +257,7 @@ class Scheduler:
         pool, context = self.pools[rank], self.limits.context
         known = self._known(request, pool)
         pool.share(known)
-        self._waiting.discard(request)
+        self._waiting.choose(request)
         table = np.zeros(pool.needed(context), np.int32)
         request.place(rank, self._slots[rank].pop(), known, table, pool.size)
         request.hold(pool.take(pool.needed(len(request.tokens)) - len(known)))
@@ -252,10 +265,13 @@ class Scheduler:
         self.prefix_tokens += request.computed
 
     def _push_out(self) -> None:
-        """Requests of lower priority make room for the first of the queue, if it has none."""
+        """Requests of lower priority make room for the first of the queue, where that is enough."""
         first = self._waiting.first()
-        while first is not None and self._rank_for(first) is None:
-            lower = [r for r in self._running if r.priority < first.priority]
+        if first is None or self._rank_for(first) is not None:
+            return
+        rank = next((r for r in range(len(self.pools)) if self._could_clear(r, first)), None)
+        while rank is not None and self._rank_for(first) is None:
+            lower = self._lower(rank, first)
             if not lower:
                 return
             victim = max(lower, key=_importance)
@@ -263,6 +279,17 @@ class Scheduler:
                 self._must_wait = True
                 return
             self._preempt(victim)
+
+    def _lower(self, rank: int, request: Request) -> list[Request]:
+        """Those on a rank with less priority."""
+        return [r for r in self._running if r.rank == rank and r.priority < request.priority]
+
+    def _could_clear(self, rank: int, request: Request) -> bool:
+        """Whether a request would have room without those of less priority."""
+        pool, lower = self.pools[rank], self._lower(rank, request)
+        stay = sum(r.rank == rank for r in self._running) - len(lower)
+        freed = pool.freed_by(itertools.chain(*(r.pages for r in lower)))
+        return bool(lower) and pool.needed(len(request.tokens)) + stay <= pool.free + freed
 
     def _cut(self, request: Request, tiles: list[Tile]) -> None:
         """As many tiles of a request's known tokens as there is room for."""
@@ -306,39 +333,44 @@ def _importance(request: Request) -> tuple[int, int]:
 class _Queue:
     """Waiting requests: by priority, then in turn by tenant, whoever has had least first; each
     tenant's own in the order they came.
+
+    Who comes late, or back, has no claim on the past: a tenant begins where the one was that was
+    chosen last (start-time fair queueing).
     """
 
     def __init__(self) -> None:
         self._lines: dict[int, dict[str, collections.deque[Request]]] = {}
         self._served: dict[str, int] = {}
+        self._floor = self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(line) for tenants in self._lines.values() for line in tenants.values())
-
-    def __iter__(self) -> Iterator[Request]:
-        for tenants in self._lines.values():
-            for line in tenants.values():
-                yield from line
+        return self._count
 
     def add(self, request: Request, again: bool = False) -> None:
         """again: it was here before, and goes to the front of its line"""
-        tenants = self._lines.setdefault(request.priority, {})
-        if request.tenant not in tenants:
-            # Whoever comes late, or comes back, has no claim on the past.
-            least = min((self._served.get(tenant, 0) for tenant in tenants), default=0)
-            self._served[request.tenant] = max(self._served.get(request.tenant, 0), least)
-        line = tenants.setdefault(request.tenant, collections.deque())
+        tenants, tenant = self._lines.setdefault(request.priority, {}), request.tenant
+        if tenant not in tenants:
+            if len(self._served) >= MOST_TENANTS:  # names are users' to choose
+                self._forget()
+            self._served[tenant] = max(self._served.get(tenant, 0), self._floor)
+        line = tenants.setdefault(tenant, collections.deque())
         if again:
             line.appendleft(request)
         else:
             line.append(request)
+        self._count += 1
 
     def first(self) -> Request | None:
         """Whose turn it is."""
         if not self._lines:
             return None
         tenants = self._lines[max(self._lines)]
-        return tenants[min(tenants, key=lambda tenant: self._served.get(tenant, 0))][0]
+        return tenants[min(tenants, key=self._had)][0]
+
+    def choose(self, request: Request) -> None:
+        """Takes out the first."""
+        self._floor = max(self._floor, self._had(request.tenant))
+        self.discard(request)
 
     def discard(self, request: Request) -> None:
         """Takes a request out, if it is there."""
@@ -347,6 +379,7 @@ class _Queue:
         if line is None or request not in line:
             return
         line.remove(request)
+        self._count -= 1
         if not line:
             del tenants[request.tenant]
         if not tenants:
@@ -354,6 +387,12 @@ class _Queue:
 
     def serve(self, tenant: str, tokens: int) -> None:
         """Notes that a tenant got so many tokens of work."""
-        if tenant not in self._served and len(self._served) >= MOST_TENANTS:
-            self._served.clear()  # names are users' to choose: they must not fill memory
-        self._served[tenant] = self._served.get(tenant, 0) + tokens
+        self._served[tenant] = self._had(tenant) + tokens
+
+    def _forget(self) -> None:
+        """Half of the tenants: those who had least now had as much as the one in the middle."""
+        self._floor = max(self._floor, statistics.median_low(self._served.values()))
+        self._served = {t: n for t, n in self._served.items() if n > self._floor}
+
+    def _had(self, tenant: str) -> int:
+        return self._served.get(tenant, self._floor)

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from infer.engine.runner import Shape
+from pangu_jax import paged
 from pangu_jax.errors import ConfigError
 from pangu_jax.model import Pangu
 from pangu_jax.plan import cost
@@ -64,7 +65,8 @@ def fitting(model: Pangu, wish: Wish = Wish()) -> Shape:
     pages = min(room // of_page, 2 * wish.slots * math.ceil(context / page))
     if pages < 1:
         raise ConfigError(
-            f"no room for pages: one takes {of_page:,} bytes on each device, and {room:,} are left"
+            f"no room for pages: one takes {of_page:,} bytes on each device and {room:,} are left; "
+            "give it more memory, or fewer slots or a smaller context"
         )
     fits, own = min(context, pages * page), wish.deterministic
     return Shape(wish.slots, pages, page, tile, tiles, fits, STEPS, own)
@@ -79,11 +81,15 @@ def page_bytes(model: Pangu, page: int) -> int:
 
 
 def _working(model: Pangu, slots: int, context: int, tokens: int) -> int:
-    """The plan's estimate for the widest step."""
+    """The plan's estimate for the widest step, the pages it reads at a time, and what is held of
+    the requests in slots.
+    """
     ranks = model.layout.size(model.layout.of("batch"))
     works = (Work("decode", slots * ranks, context), Work("prefill", ranks, slots + tokens))
     of = lambda work: cost.of(model.config, model.layout, model.dtype, work, model.recipe).working
-    return max(map(of, works))
+    rows, config = slots + tokens // TILE["gpu"], model.config
+    pages = 2 * rows * page_bytes(model, paged.BLOCK["default"]) // config.num_layers
+    return max(map(of, works)) + pages + 9 * slots * config.vocab_size
 
 
 def _free(model: Pangu) -> int:

@@ -141,10 +141,17 @@ def empty(model: Pangu, slots: int) -> Slots:
 
 
 def shape_slot(
-    slots: Slots, at: Int[Array, ""], bias: Array, prompt: Array, counts: Array
+    slots: Slots, at: Int[Array, ""], bias: Array, prompt: Array, counts: Array, place: Any
 ) -> Slots:
-    """Slot `at` (of all replicas) with a request's own logit bias and history, each [V]."""
-    put = lambda stack, row: lax.dynamic_update_index_in_dim(stack, row, at, 0)
+    """Slot `at` (of all replicas) with a request's own logit bias and history, each [V].
+
+    place: where the slots lie, and shall stay: elsewhere a step would be another program
+    """
+
+    def put(stack: Array, row: Array) -> Array:
+        changed = lax.dynamic_update_index_in_dim(stack, row, at, 0)
+        return lax.with_sharding_constraint(changed, place)
+
     history = History(put(slots.history.prompt, prompt), put(slots.history.counts, counts))
     shaping = dataclasses.replace(slots.shaping, bias=put(slots.shaping.bias, bias))
     return dataclasses.replace(slots, shaping=shaping, history=history)

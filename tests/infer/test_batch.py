@@ -129,8 +129,13 @@ class Played(Engine):
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def check(self, length: int) -> None:
+    def check(self, prompt: Any, sampling: Sampling) -> None:
         """Everything fits."""
+
+    @property
+    def capacity(self) -> int:
+        """As `Engine`."""
+        return self.shape.slots
 
     def submit(self, ids: np.ndarray, sampling: Sampling) -> list[Any]:
         """As `Engine.submit`."""

@@ -20,7 +20,7 @@ from pangu_jax.text.tokenizer import Tokenizer
 from tests.infer.test_conversation import write_random
 
 ROOT = Path(__file__).parent.parent.parent
-ALL = ("chat", "generate", "check", "eval", "bench", "plan", "quantize")
+ALL = ("chat", "generate", "check", "eval", "bench", "plan", "quantize", "warmup")
 
 
 @pytest.fixture(scope="module")

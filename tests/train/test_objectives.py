@@ -120,7 +120,9 @@ def test_no_logits_of_the_whole_batch_exist(monkeypatch: pytest.MonkeyPatch) -> 
     wide = [shape for shape in shapes(program.jaxpr) if 1024 in shape[-1:] and len(shape) > 1]
     assert wide
     width = model.config.hidden_size  # the head's gradient, transposed, is as wide
-    assert {int(np.prod(shape[:-1])) for shape in wide} - {width} == {30}  # of 240 tokens
+    rows = {int(np.prod(shape[:-1])) for shape in wide} - {width}
+    assert rows <= {30, 32}  # of 240 tokens; as columns they are padded
+    assert 30 in rows
 
 
 def test_nothing_to_learn_is_zero_and_has_zero_gradients() -> None:

@@ -107,12 +107,11 @@ def alike(got: list[Completion], wanted: list[Completion], tolerance: float = 1e
 )
 def test_the_engine_is_generate(name: str, form: Any, where: Any, cache: Any) -> None:
     """Under every layout, with other requests beside it, prompts in parts and prefixes shared."""
-    shape = dataclasses.replace(TIGHT, pages=8, slots=2) if where else TIGHT
+    shape = dataclasses.replace(TIGHT, pages=8, context=32, slots=2) if where else TIGHT
     layout = None if where is None else layouts.named(where)
     wanted = infer.generate(model_of(name, form, cache=cache), PROMPTS, SAMPLINGS)
-    wanted[-3] = cut(wanted[-3], PROMPTS[5], min(shape.context, shape.pages * shape.page))
+    wanted[-3] = cut(wanted[-3], PROMPTS[5], shape.context)
     model = model_of(name, form, layout, cache)
-    shape = dataclasses.replace(shape, context=min(shape.context, shape.pages * shape.page))
     with Engine(model, shape) as engine:
         for _ in range(2):
             alike(answers(engine), wanted)
@@ -286,13 +285,36 @@ def test_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
         InputError, match=r"41 tokens .* room for 40 .*10 pages of 4.* 64 positions"
     ):
         engine.submit([1] * 41)
-    with pytest.raises(InputError, match="at most 64 stop token ids"):
-        engine.submit([1], Sampling(stop_token_ids=tuple(range(20, 90))))
+    with pytest.raises(InputError, match=r"71 stop token ids, .* at most 64 may be"):
+        engine.submit([1], Sampling(stop_token_ids=tuple(range(20, 89))))
     with pytest.raises(InputError, match="outside the vocabulary"):
         engine.submit([97])
     with pytest.raises(InputError, match="needs a tokenizer"):
         engine.submit([1], Sampling(stop=("x",)))
     assert len(engine.submit([1] * 40, Sampling(ignore_eos=True))[0].result().token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("manner", "complaint"),
+    [
+        (dict(tenant="\ud800"), "tenant must be printable text"),
+        (dict(tenant=["x"]), "tenant must be printable text"),
+        (dict(priority=None), "priority must be an integer"),
+        (dict(priority=True), "priority must be an integer"),
+        (dict(seconds=math.nan), "seconds must be a number"),
+    ],
+)
+def test_bad_manners_are_refused_and_stop_nobody(
+    engine: Engine, manner: dict, complaint: str
+) -> None:
+    with pytest.raises(InputError, match=complaint):
+        call_unchecked(engine, manner)
+    assert engine.submit([1], Sampling(1))[0].result().finish_reason in ("length", "stop")
+
+
+def call_unchecked(engine: Engine, manner: dict) -> None:
+    """As a server does, whose arguments come from outside: no type checker has seen them."""
+    getattr(Engine.submit, "__wrapped__", Engine.submit)(engine, [1], **manner)
 
 
 def test_closing_gives_up_what_is_not_done() -> None:
@@ -304,6 +326,13 @@ def test_closing_gives_up_what_is_not_done() -> None:
     assert reasons <= {"cancelled", "length"}
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit([1])
+
+
+def test_closing_what_was_never_started() -> None:
+    engine = Engine(model_of("dense", "separate"), TIGHT)
+    (ticket,) = engine.submit([1])
+    engine.close()
+    assert ticket.result().finish_reason == "cancelled"
 
 
 def test_a_failure_reaches_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,8 +363,9 @@ def optimised() -> Any:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("moge", marks=SLOW)])
-@pytest.mark.parametrize("cache", [None, pytest.param("int8", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moge"])
+@pytest.mark.parametrize("cache", [None, "int8"])
 def test_deterministic_bits(name: str, cache: Any, optimised: None) -> None:
     """Alone, in a crowd, after a prefix that was there, pushed out and back: one answer, to the
     last bit.
