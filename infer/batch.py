@@ -44,9 +44,9 @@ def run(
     replicas = model.layout.size(model.layout.of("batch"))
     shape = sizes.fitting(model, Wish(-(-command.batch // replicas), longest))
     if shape.context < min(longest, config.max_positions):
-        raise InputError(
+        progress.say(
             f"memory has room for {shape.context:,} tokens of a prompt and its answer, which may "
-            f"have {longest:,}; try a smaller --max-new-tokens or --batch, or --cache int8"
+            f"have {longest:,}: longer answers end there (--cache int8 has room for more)"
         )
     with (
         Engine(model, shape, tokenizer) as engine,
