@@ -131,14 +131,16 @@ class Runner:
         self._leaves, structure = jax.tree.flatten(model)
         self._pool = jax.jit(lambda: model.empty_cache(shape.pages * self._ranks, shape.page))()
         self._slots = programs.empty(model, shape.slots)
-        self._place = jax.sharding.NamedSharding(model.mesh, model.layout.rows)
+        self._place = programs.place(model)
 
-        self._step = _program(structure, shape.tile, shape.steps, shape.deterministic)
+        self._step, self._shape_slot = _programs(
+            structure, self._place, shape.tile, shape.steps, shape.deterministic
+        )
 
     @property
     def compiled(self) -> int:
         """Programs compiled so far, for models of this structure: flat once all are warm."""
-        return sum(getattr(program, "_cache_size")() for program in (self._step, _shape_slot))  # noqa: B009
+        return sum(getattr(program, "_cache_size")() for program in (self._step, self._shape_slot))  # noqa: B009
 
     def warm_up(self) -> Iterator[str]:
         """Compiles every program; says what comes next before each."""
@@ -280,20 +282,23 @@ class Runner:
         self._set_shape(request.rank * self.shape.slots + tile.slot, bias, seen, counts)
 
     def _set_shape(self, at: int, bias: np.ndarray, seen: np.ndarray, counts: np.ndarray) -> None:
-        self._slots = _shape_slot(
+        self._slots = self._shape_slot(
             self._slots,
             jnp.asarray(at, jnp.int32),
             jnp.asarray(bias, jnp.float32),
             jnp.asarray(seen > 0),
             jnp.asarray(counts, jnp.int32),
-            place=self._place,
         )
 
 
 @functools.lru_cache(maxsize=8)
-def _program(structure: Any, length: int, most: int, deterministic: bool) -> Callable[..., Any]:
-    """The step of models of one structure. It takes their leaves as a list: unwrapping hundreds of
-    modules at every call takes longer than a small step.
+def _programs(
+    structure: Any, place: Any, length: int, most: int, deterministic: bool
+) -> tuple[Any, Any]:
+    """The step of models of one structure, and `shape_slot`.
+
+    The step takes leaves as a list: unwrapping hundreds of modules at every call takes longer than
+    a small step. Slots come back to one `place`, by one name: else the next step is compiled again.
     """
 
     def traced(leaves: list, *arguments: Any) -> tuple:
@@ -301,10 +306,8 @@ def _program(structure: Any, length: int, most: int, deterministic: bool) -> Cal
         with same_bits() if deterministic else contextlib.nullcontext():
             return programs.step(model, *arguments, length=length, most=most)
 
-    return jax.jit(traced, donate_argnums=(2, 3))
-
-
-_shape_slot = jax.jit(programs.shape_slot, donate_argnums=0, static_argnames="place")
+    step = jax.jit(traced, donate_argnums=(2, 3), out_shardings=(None, place, None))
+    return step, jax.jit(programs.shape_slot, donate_argnums=0, out_shardings=place)
 
 
 def _markers(tokenizer: Tokenizer | None, vocab: int) -> Budget | None:

@@ -136,22 +136,19 @@ def empty(model: Pangu, slots: int) -> Slots:
             History(bools(V), integers(V)),
         )
 
-    place = NamedSharding(model.mesh, model.layout.rows)
-    return jax.jit(blank, out_shardings=place)()
+    return jax.jit(blank, out_shardings=place(model))()
+
+
+def place(model: Pangu) -> NamedSharding:
+    """Where slots, rows and tiles lie: each replica of attention has its own."""
+    return NamedSharding(model.mesh, model.layout.rows)
 
 
 def shape_slot(
-    slots: Slots, at: Int[Array, ""], bias: Array, prompt: Array, counts: Array, place: Any
+    slots: Slots, at: Int[Array, ""], bias: Array, prompt: Array, counts: Array
 ) -> Slots:
-    """Slot `at` (of all replicas) with a request's own logit bias and history, each [V].
-
-    place: where the slots lie, and shall stay: elsewhere a step would be another program
-    """
-
-    def put(stack: Array, row: Array) -> Array:
-        changed = lax.dynamic_update_index_in_dim(stack, row, at, 0)
-        return lax.with_sharding_constraint(changed, place)
-
+    """Slot `at` (of all replicas) with a request's own logit bias and history, each [V]."""
+    put = lambda stack, row: lax.dynamic_update_index_in_dim(stack, row, at, 0)
     history = History(put(slots.history.prompt, prompt), put(slots.history.counts, counts))
     shaping = dataclasses.replace(slots.shaping, bias=put(slots.shaping.bias, bias))
     return dataclasses.replace(slots, shaping=shaping, history=history)

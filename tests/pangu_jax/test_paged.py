@@ -92,7 +92,7 @@ TILES = [[(0, 0, 5), (0, 5, 5), (1, 0, 3)], [(1, 3, 1), (0, 10, 2)], [(0, 12, 1)
     ("name", "form", "where"),
     [
         ("dense", "separate", None),
-        ("moge", "stacked", "h2p-8"),
+        pytest.param("moge", "stacked", "h2p-8", marks=SLOW),
         pytest.param("dense", "stacked", "tp8", marks=SLOW),
         pytest.param("moge", "separate", "ep8", marks=SLOW),
         pytest.param("moge", "stacked", None, marks=SLOW),

@@ -139,7 +139,7 @@ def made_of(sizes: list[int], beginnings: list[list[int]], plan: Visits) -> tupl
     return scheduler, visits
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(traffic(), st.integers(1, 4), st.booleans())
 def test_every_request_gets_its_answer_and_every_page_comes_back(
     drawn: tuple[list[int], list[list[int]], Visits], steps: int, late: bool
