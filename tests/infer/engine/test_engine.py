@@ -1,7 +1,6 @@
 """The engine gives what `generate` and a full forward pass give, whatever else it is doing."""
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
 from pangu_jax.text.tokenizer import Tokenizer, write_preset
 from tests import layouts
+from tests.infer import test_layouts as generating
 
 SLOW = pytest.mark.slow
 
@@ -41,21 +41,7 @@ PROMPTS = [
     [1, *SHARED],
 ]
 SAMPLINGS = [
-    Sampling(
-        max_new_tokens=9,
-        ignore_eos=True,
-        n=2,
-        temperature=0.8,
-        top_k=20,
-        top_p=0.9,
-        seed=3,
-        presence_penalty=0.3,
-        repetition_penalty=1.2,
-        frequency_penalty=0.1,
-        top_logprobs=2,
-    ),
-    Sampling(max_new_tokens=12, ignore_eos=True, logit_bias={4: 1.0}, top_logprobs=1),
-    Sampling(max_new_tokens=14, min_p=0.02, temperature=1.0, seed=1),
+    *generating.SAMPLINGS,
     Sampling(max_new_tokens=15, ignore_eos=True),
     Sampling(max_new_tokens=1),
     Sampling(max_new_tokens=60, ignore_eos=True),
@@ -66,15 +52,7 @@ SAMPLINGS = [
 
 def model_of(name: str, form: Any, where: Any = None, cache: Any = None) -> Pangu:
     """Lively weights, the same under every layout."""
-    config = dataclasses.replace(layouts.MODELS[name], eos_token_ids=(11, 12))
-    like = layouts.abstract(config, where, form)
-    placed = jax.device_put(numbers(name, form), build.places(like))
-    return build.with_cache(build.with_weights(like, placed), cache)
-
-
-@functools.cache
-def numbers(name: str, form: Any) -> dict[str, np.ndarray]:
-    return layouts.lively(layouts.init(layouts.MODELS[name], form=form))
+    return build.with_cache(generating.model_of(name, form, where), cache)
 
 
 def answers(engine: Engine) -> list[Completion]:
