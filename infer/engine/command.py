@@ -18,5 +18,5 @@ def run(command: Warmup) -> int:
     )
     llm.warm_up(progress.say)
     count = llm.engine.stats.compiled
-    print(f"{count + 1} programs are ready, in {time.perf_counter() - start:.1f} s")
+    print(f"{count} programs are ready, in {time.perf_counter() - start:.1f} s")
     return 0
