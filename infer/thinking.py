@@ -77,8 +77,7 @@ def marker_ids(tokenizer: Tokenizer, vocab: int) -> tuple[int, int]:
 
 def used_in_prompt(budget: Budget, prompt: np.ndarray) -> int:
     """0 when the prompt leaves a thought open, else NOT_THINKING."""
-    last = lambda id: int(np.flatnonzero(prompt == id).max(initial=-1))
-    return 0 if last(int(budget.start)) > last(int(budget.end)) else NOT_THINKING
+    return used_so_far(int(budget.start), int(budget.end), prompt.tolist(), prompt.size)
 
 
 def used_so_far(start: int, end: int, tokens: list[int], prompt: int) -> int:

@@ -132,7 +132,6 @@ class Runner:
         self._pool = jax.jit(lambda: model.empty_cache(shape.pages * self._ranks, shape.page))()
         self._slots = programs.empty(model, shape.slots)
         self._place = programs.place(model)
-
         self._step, self._shape_slot = _programs(
             structure, self._place, shape.tile, shape.steps, shape.deterministic
         )

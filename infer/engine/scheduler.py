@@ -36,7 +36,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Some tokens of a prompt, at positions from `start` on. The last one's choose a token."""
+    """Tokens of a prompt, at positions from `start` on. A prompt's last tile chooses a token."""
 
     request: Request
     slot: int
