@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,7 +265,7 @@ def mix(x, experts, weights, gate_up, down, among=None, layer=None):
 @given(cases, st.booleans())
 def test_mix_equals_loops(case: tuple[int, int, int, int], skew: bool) -> None:
     arrays = random_case(*case, skew)
-    np.testing.assert_allclose(mix(*narrow(*arrays)), naive_mix(*arrays), atol=2e-4)
+    layouts.close(mix(*narrow(*arrays)), naive_mix(*arrays))
 
 
 @pytest.mark.parametrize("skew", [False, True])
@@ -310,7 +309,7 @@ def test_pairs_of_another_rank_add_nothing(here: float) -> None:
     for seed in range(4):
         arrays = partly_elsewhere(seed, here)
         got = mix(*narrow(*arrays), among=12)
-        np.testing.assert_allclose(got, naive_mix(*arrays), atol=2e-4)
+        layouts.close(got, naive_mix(*arrays))
 
 
 def test_pairs_of_another_rank_when_all_blocks_are_in_use() -> None:
@@ -321,7 +320,7 @@ def test_pairs_of_another_rank_when_all_blocks_are_in_use() -> None:
     used = sum(-(-count // size) for count in (33, 1, 1))
     assert used == (chosen.size + 3 * (size - 1)) // size
     got = mix(*narrow(x, chosen, *rest), among=12)
-    np.testing.assert_allclose(got, naive_mix(x, chosen, *rest), atol=2e-4)
+    layouts.close(got, naive_mix(x, chosen, *rest))
 
 
 def products(jaxpr: Jaxpr) -> Iterator[Any]:
@@ -367,10 +366,14 @@ def dense_gradients() -> Callable:
     return gradients(dense_mix)
 
 
+def each_close(got: Any, wanted: Any) -> None:
+    """Sums that cancel are judged by the largest number of their array, not by themselves."""
+    jax.tree.map(layouts.close, got, wanted)
+
+
 def test_gradients_equal_those_of_a_dense_product(dense_gradients: Callable) -> None:
     arrays = narrow(*partly_elsewhere(5, here=1.0))
-    got, wanted = gradients(mix)(*arrays), dense_gradients(*arrays)
-    chex.assert_trees_all_close(got, wanted, atol=1e-4, rtol=1e-4)
+    each_close(gradients(mix)(*arrays), dense_gradients(*arrays))
 
 
 def test_pairs_of_another_rank_have_no_gradient(dense_gradients: Callable) -> None:
@@ -378,7 +381,7 @@ def test_pairs_of_another_rank_have_no_gradient(dense_gradients: Callable) -> No
     for here in (0.0, 0.5, 1.0):
         arrays = narrow(*partly_elsewhere(3, here))
         got = some(*arrays)
-        chex.assert_trees_all_close(got, dense_gradients(*arrays), atol=1e-4, rtol=1e-4)
+        each_close(got, dense_gradients(*arrays))
         to_weights = np.asarray(got[1][0])
         assert not to_weights[np.asarray(arrays[1]) == 3].any()
 
