@@ -147,11 +147,12 @@ class Program:
                 yield called[1], 1
 
     def _trips(self, rest: str, condition: str) -> int:
-        """How often a loop runs: as XLA says, or as a comparison with a constant does; else 1."""
+        """How often a loop runs: as XLA says, or as a comparison with an integer does; else 1."""
         if known := re.search(r"known_trip_count\W+n\W+(\d+)", rest):
             return int(known[1])
         lines = self.computations.get(condition, [])
-        constants = {i.name: int(v[1]) for i in lines if (v := _constant(i))}
+        whole = [line for line in lines if line.type.startswith(("s", "u"))]
+        constants = {i.name: int(v[1]) for i in whole if (v := _constant(i))}
         for line in lines:
             if line.op == "compare" and "direction=LT" in line.rest:
                 operands = re.findall(r"%?([\w.\-]+)", line.rest.split(")")[0])
