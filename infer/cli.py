@@ -90,13 +90,20 @@ def _add_flags(parser: argparse.ArgumentParser, command: type) -> None:
     hints = typing.get_type_hints(command)
     for field in dataclasses.fields(command):
         if "sections" in field.metadata:
-            for section, held in typing.get_type_hints(field.metadata["sections"]).items():
+            for section, held in _sections(field):
                 about = (held.__doc__ or "").splitlines()[0]
                 _add_options(parser.add_argument_group(section, about), held, f"{section}.")
         elif place := field.metadata.get("place"):
             parser.add_argument(field.name, metavar=place, help=field.metadata["help"])
         else:
             _add_option(parser, field, hints[field.name])
+
+
+def _sections(field: dataclasses.Field) -> Iterator[tuple[str, type]]:
+    """The sections of a configuration that are tables; its lists of tables have no flags."""
+    for name, held in typing.get_type_hints(field.metadata["sections"]).items():
+        if dataclasses.is_dataclass(held):
+            yield name, typing.cast(type, held)
 
 
 def _add_options(group: Any, section: type, prefix: str) -> None:
@@ -157,8 +164,10 @@ def _flags(command: type) -> Iterator[tuple[str, bool]]:
     hints = typing.get_type_hints(command)
     for field in dataclasses.fields(command):
         if "sections" in field.metadata:
-            for section, held in typing.get_type_hints(field.metadata["sections"]).items():
-                yield from ((f"--{section}.{each.name}", True) for each in dataclasses.fields(held))
+            for section, held in _sections(field):
+                own = typing.get_type_hints(held)
+                for each in dataclasses.fields(held):
+                    yield f"--{section}.{each.name}", _without_none(own[each.name]) is not bool
         elif "place" not in field.metadata:
             yield _spell(field.name), _without_none(hints[field.name]) is not bool
 

@@ -18,6 +18,7 @@ from infer import cli
 from pangu_jax.errors import PanguError
 
 INTERRUPTED = 130
+TERMINATED = 143
 DOORS = ("infer.__main__", "train.__main__", "pangu-infer", "pangu-train")
 STARTED_AGAIN = "pangu_jax_huge_pages"
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
@@ -31,7 +32,7 @@ def enter(
     argv: Sequence[str] | None,
 ) -> int:
     """Runs a command. Exit codes: 0, 1 (a check failed), 2 (bad input: one `error:` line), 130
-    (Ctrl-C).
+    (Ctrl-C), 143 (a run of training saved itself after SIGTERM).
 
     handlers: `module:function` by the name of a command's class; imported only when it is run
     """
@@ -114,7 +115,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
             stream.reconfigure(errors="replace")  # a line less pretty is better than none
     signal.signal(signal.SIGINT, _interrupt)
     code = main()
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         # XLA may be compiling in a thread that does not survive the interpreter's orderly end.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -148,6 +149,16 @@ def interrupts(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def terminations(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGTERM calls `stop`: what schedulers send before they kill."""
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(message: str) -> int:

@@ -1,6 +1,7 @@
 """Files as commands read and write them: hostile until checked, whole or not at all."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,31 +19,67 @@ MAX_LINE_BYTES = 64 * 2**20
 ENDS = 2**20
 
 
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a JSON lines file: its object, or why it has none; neither for an empty one.
+
+    number, end: lines and bytes up to and with it
+    """
+
+    where: str
+    value: dict[str, Any] | None
+    error: InputError | None
+    number: int
+    end: int
+
+
+def lines(path: Path, number: int = 0, offset: int = 0) -> Iterator[Line]:
+    """The lines of a file from a place on. Raises InputError where there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    with path.open("rb") as file:
+        file.seek(offset)
+        while data := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            offset += len(data)
+            where, value, error = f"{path}, line {number}", None, None
+            try:
+                if len(data) > MAX_LINE_BYTES:
+                    raise InputError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
+                value = _object(data, where)
+            except InputError as found:
+                error = found
+            while len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):  # its rest
+                data = file.readline(MAX_LINE_BYTES + 1)
+                offset += len(data)
+            yield Line(where, value, error, number, offset)
+
+
+def _object(data: bytes, where: str) -> dict[str, Any] | None:
+    try:
+        if not (text := data.decode().strip()):
+            return None
+        value = strict.parse_json_object(text, where)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: has a lone surrogate, which is not text") from None
+    except ConfigError as error:
+        raise InputError(str(error)) from None
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The place of every line, for a complaint, and its JSON object; empty lines are skipped.
 
     Raises InputError, naming file and line.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    with path.open("rb") as file:
-        number = 0
-        while data := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}, line {number}"
-            if len(data) > MAX_LINE_BYTES:
-                raise InputError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
-            try:
-                if text := data.decode().strip():
-                    line = strict.parse_json_object(text, where)
-                    json.dumps(line, ensure_ascii=False).encode()
-                    yield where, line
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: not UTF-8 (byte {error.start})") from None
-            except UnicodeEncodeError:
-                raise InputError(f"{where}: has a lone surrogate, which is not text") from None
-            except ConfigError as error:
-                raise InputError(str(error)) from None
+    for line in lines(path):
+        if line.error is not None:
+            raise line.error
+        if line.value is not None:
+            yield line.where, line.value
 
 
 def fingerprint(file: Path) -> str:

@@ -39,6 +39,7 @@ from pangu_jax import rope, tokens_and_mask
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
+from pangu_jax.errors import ConfigError
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import Experts, MoGE, Routing
@@ -53,6 +54,7 @@ from pangu_jax.quant import leaves
 from pangu_jax.quant.scheme import FLOAT, Recipe
 
 Form = Literal["separate", "stacked"]
+Remat = Literal["none", "dots", "full"]
 Tap = Callable[[Array, Routing | None], Any]
 
 
@@ -195,10 +197,18 @@ def forward(
 
 
 def tapped_forward(
-    model: Pangu, tokens: Int[Array, " N"], meta: AnyMeta, cache: Cache | None, tap: Tap
+    model: Pangu,
+    tokens: Int[Array, " N"],
+    meta: AnyMeta,
+    cache: Cache | None,
+    tap: Tap,
+    remat: Remat | None = None,
 ) -> tuple[Float[Array, "shard D"], Cache | None, list[Any]]:
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
+
+    remat: what of a layer the backward pass computes again: nothing, all but its products, or all
+        of it; None is nothing, and all under fsdp
     """
     where, specs = model.layout, model.specs
     with exact_if_float32(model.dtype):
@@ -206,8 +216,7 @@ def tapped_forward(
         config = model.config
         angles = rope.table(meta.positions, config.rope_theta, config.head_dim, model.dtype)
 
-        # Gathered weights would be kept for the backward pass, every layer's: it gathers again.
-        remat = jax.checkpoint if where.of("fsdp") else lambda function: function
+        again = _again(remat, where)
         run_layers = _scan_run if model.form == "stacked" else _single_layer
         keys, values, kept = [], [], []
         for i, block in enumerate(model.blocks):
@@ -219,7 +228,7 @@ def tapped_forward(
                 return block(x, angles, meta, cache, where, stack)
 
             pair = (cache.keys[i], cache.values[i]) if cache is not None else None
-            x, pair, taps = run_layers(remat(layer), block, x, pair, tap, where)
+            x, pair, taps = run_layers(again(layer), block, x, pair, tap, where)
             kept.append(taps)
             if pair is not None:
                 keys.append(pair[0])
@@ -227,6 +236,22 @@ def tapped_forward(
         if cache is not None:
             cache = Cache(tuple(keys), tuple(values), meta.lengths(cache.length))
         return model.norm(x), cache, kept
+
+
+def _again(remat: Remat | None, where: Layout) -> Callable[[Callable], Callable]:
+    """A layer as `remat` wants it. Raises ConfigError for "none" under fsdp."""
+    fsdp = bool(where.of("fsdp"))
+    if remat == "none" and fsdp:
+        raise ConfigError(
+            "remat none: under fsdp the gathered weights of all layers would be kept; choose dots "
+            "or full"
+        )
+    if remat == "full" or (remat is None and fsdp):
+        return jax.checkpoint
+    if remat == "dots":
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return functools.partial(jax.checkpoint, policy=keep)
+    return lambda layer: layer
 
 
 def _single_layer(

@@ -24,9 +24,10 @@ from pangu_jax.model import Pangu
 from train import optimizer as optimizers
 from train import step as steps
 from train.commands import Bench
-from train.config import OptimizerSection
+from train.config import OptimizerSection, Stage
+from train.data import packing
+from train.flops import step_flops
 from train.objectives import Batch
-from train.packing import Rows
 
 # A repeat has as many steps as last so long (seconds).
 REPEAT = 0.5
@@ -184,33 +185,6 @@ def _alternate(
     return times, max(bounds)
 
 
-def step_flops(config: ModelConfig, length: int, batch: int) -> float:
-    """Model FLOPs of one step, 3 x forward: the backward pass multiplies twice for every product of
-    the forward pass.
-
-        forward = B (2 W T + 2 L Q H T^2)
-
-    W are the weights of the products that a token passes through: projections, MLP (of MoGE the
-    router, one expert of every group and the shared ones) and the head, tied or not; neither the
-    embedding, which is looked up, nor norms and biases. Attention is scores and mixing over half of
-    the square, as if a row were one causal sequence, and as `infer.bench.prefill_flops` counts it.
-
-    What a step multiplies beyond that is not counted: the hidden half of the square, what fills
-    blocks of experts, and what the backward pass computes again (the logits; the scores of rows
-    longer than `attention.QUERY_BLOCK`).
-    """
-    D, H, Q, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-    layer = D * H * (Q + 2 * K) + Q * H * D
-    if config.moge is None:
-        layer += 3 * D * (config.intermediate_size or 0)
-    else:
-        m = config.moge
-        layer += D * m.num_experts + 3 * D * (m.experts_per_token * m.expert_width + m.shared_width)
-    weights = config.num_layers * layer + D * config.vocab_size
-    square = 2 * config.num_layers * Q * H * length**2
-    return 3.0 * batch * (2 * weights * length + square)
-
-
 def random_batch(vocabulary: int, length: int, batch: int) -> Batch:
     """Full rows of random tokens, of 2 to 4 examples each (1 where they would be too short), all to
     be learnt.
@@ -222,13 +196,12 @@ def random_batch(vocabulary: int, length: int, batch: int) -> Batch:
         row[rng.choice(np.arange(1, length), cuts, replace=False)] += 1
     segments = np.cumsum(segments - 1, axis=1, dtype=np.int32) + 1
     tokens = rng.integers(0, vocabulary, (batch, length), dtype=np.int32)
-    rows = Rows(tokens, segments, np.ones((batch, length), bool))
-    return rows.batch(np.arange(batch))
+    return packing.batch(tokens, segments, np.ones((batch, length), bool))
 
 
 def jax_steps(model: Pangu, batch: Batch, section: OptimizerSection) -> Steps:
     """Steps of `train.step`, as `train.loop` takes them; the first takes the model's arrays."""
-    optimizer = optimizers.make(section, SCHEDULED)
+    optimizer = optimizers.make(section, [Stage.whole(section, SCHEDULED)])
     step = jax.jit(steps.make(model, optimizer), donate_argnames="state")
     state = steps.start(model, optimizer, lambda name: False)
 

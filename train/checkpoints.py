@@ -1,34 +1,37 @@
-"""The checkpoints of a run: Orbax, written whole or not at all, the newest two kept."""
+"""The checkpoints of a run: Orbax, written whole or not at all beside the training, verified when
+they are read.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 
+from pangu_jax.checkpoint.native import FAILURES, STATE, SUMS
 from pangu_jax.errors import CheckpointError
 from train.step import Leaves, State
 
-KEPT = 2
-
 Shapes = dict[str, Any]
-
-# What Orbax raises for files that are damaged or cannot be written.
-FAILURES = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
 class Checkpoints:
     """The states in OUTPUT/checkpoints. Frozen weights are not in them: they never change."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        """keep: how many of the newest stay"""
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT,
+            max_to_keep=keep,
             create=True,
-            enable_async_checkpointing=False,
             cleanup_tmp_directories=True,  # what a save that was interrupted left
         )
         self._folder = folder
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_names=(STATE, SUMS)
+        )
 
     @property
     def latest(self) -> int | None:
@@ -36,37 +39,64 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: State) -> None:
-        """Keeps the state under its step; returns when it is on the disk.
+        """Keeps the state under its step. It is copied when this returns, and on the disk when
+        `wait` does.
 
-        Raises CheckpointError where it cannot be written.
+        Raises CheckpointError where this or the one before cannot be written.
         """
         step = int(state.step)
+        changing = _changing(state)
+        sums = {name: int(value) for name, value in jax.device_get(_sums(changing)).items()}
+        items = ocp.args.Composite(
+            **{STATE: ocp.args.StandardSave(changing), SUMS: ocp.args.JsonSave(sums)}
+        )
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(_changing(state)))
+            self._manager.save(step, args=items)
         except FAILURES as error:
-            raise CheckpointError(
-                f"{self._folder / str(step)}: cannot be written ({_reason(error)}); the same "
-                "command goes on from the checkpoint before"
-            ) from None
+            raise self._unwritten(step, error) from None
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk. Raises CheckpointError as `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except FAILURES as error:
+            raise self._unwritten(None, error) from None
 
     def restore(self, shapes: Shapes, frozen: Leaves) -> State:
         """The newest state, with frozen weights that are not in it.
 
-        Raises CheckpointError.
+        Raises CheckpointError, also where its numbers are not those that were saved.
         """
         step = self.latest
+        items = ocp.args.Composite(
+            **{STATE: ocp.args.StandardRestore(shapes), SUMS: ocp.args.JsonRestore()}
+        )
         try:
-            found = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            found = self._manager.restore(step, args=items)
         except FAILURES as error:
-            raise CheckpointError(
-                f"{self._folder / str(step)}: not a checkpoint of this run ({_reason(error)}); "
-                "remove it to go on from the one before"
-            ) from None
-        return State(found["step"], found["trainable"], frozen, found["optimizer"])
+            raise self._unreadable(step, _reason(error)) from None
+        state, sums = found[STATE], found[SUMS]
+        for name, value in jax.device_get(_sums(state)).items():
+            if sums.get(name) != int(value):
+                raise self._unreadable(step, f"the numbers of {name} are damaged")
+        return State(frozen=frozen, **state)
 
     def close(self) -> None:
-        """Ends the manager's threads."""
+        """Ends the manager's threads, when they have done their work."""
         self._manager.close()
+
+    def _unwritten(self, step: int | None, error: BaseException) -> CheckpointError:
+        place = self._folder if step is None else self._folder / str(step)
+        return CheckpointError(
+            f"{place}: cannot be written ({_reason(error)}); the same command goes on from the "
+            "checkpoint before"
+        )
+
+    def _unreadable(self, step: int | None, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder / str(step)}: not a checkpoint of this run ({reason}); remove it to go "
+            "on from the one before"
+        )
 
 
 def shapes(state: State) -> Shapes:
@@ -78,7 +108,35 @@ def shapes(state: State) -> Shapes:
 
 
 def _changing(state: State) -> dict[str, Any]:
-    return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "trainable": state.trainable,
+        "optimizer": state.optimizer,
+        "ema": state.ema,
+    }
+
+
+def _sums(changing: Any) -> dict[str, Array]:
+    """A check sum of every array, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(changing)
+    return {jax.tree_util.keystr(path): _sum(leaf) for path, leaf in leaves}
+
+
+@jax.jit
+def _sum(leaf: Array) -> UInt32[Array, ""]:
+    """The bits of all numbers, each times an odd number of its own place, modulo 2^32: the same
+    however the array is spread over devices (own choice).
+    """
+    size = leaf.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
+    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        own = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place + own * np.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    odd = place * np.uint32(2654435761) * np.uint32(2) + np.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * odd, dtype=jnp.uint32)
 
 
 def _reason(error: BaseException) -> str:

@@ -44,7 +44,7 @@ def run(command: Demo) -> int:
         f"{counts[task_files.TRAINING]:,} examples; {counts[task_files.HELD_OUT]:,} questions are "
         "held out"
     )
-    if code := loop.train(config, sft.read):
+    if code := loop.train(config, sft.READER):
         return code
     say(f"{time.perf_counter() - start:,.0f} s so far; now the questions it never saw")
     final = Path(config.run.output) / "final"

@@ -6,9 +6,8 @@ bits as a run that was never stopped: the data of a step depend on its number an
 
 import contextlib
 import dataclasses
-import functools
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,7 +16,6 @@ import numpy as np
 
 import pangu_jax
 from infer import door, loading, plots, progress
-from pangu_jax import build
 from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import configs_folder
 from pangu_jax.errors import InputError
@@ -28,54 +26,50 @@ from train import optimizer as optimizers
 from train import record as records
 from train import step as steps
 from train.checkpoints import Checkpoints, shapes
-from train.config import Config
-from train.packing import Example, Rows, pack
-from train.record import Record, TrainingError
+from train.config import Config, Stage
+from train.data.mixture import Data, Reader
+from train.flops import peak, step_flops
+from train.objectives import Batch
+from train.recipe import Recipe
+from train.record import Failure, Record, Taken, TrainingError
 from train.run_folder import RunFolder
-from train.step import State, Step
+from train.step import State
 
-Read = Callable[[Config, Tokenizer], Iterable[Example]]
+# Times in one go that a run goes back to a checkpoint (own choice).
+MOST_BACK = 3
 
 
-def train(config: Config, read: Read) -> int:
-    """Runs what is left of a run and returns an exit code: 0, or 130 after Ctrl-C, which saves.
+def train(config: Config, reader: Reader) -> int:
+    """Runs what is left of a run and returns an exit code: 0, or 130 after Ctrl-C and 143 after
+    SIGTERM, which both save.
 
-    read: the examples of config.data
     Raises PanguError.
     """
     folder = RunFolder.of(config)
     if folder.final.exists():
         progress.say(f"{folder.final}: the run is complete")
         return 0
-    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    home = tokenizer_folder(config)
+    tokenizer = Tokenizer.load(home)
     model = _begin(config, tokenizer)
-    names = [name for name, _ in build.named_leaves(model)]
-    frozen = optimizers.frozen(config.optimizer.freeze, names)
-    rows = _rows(config, tokenizer, read)
-    with folder.begin(config, model.config, rows):
-        like, optimizer = _shapes(model), optimizers.make(config.optimizer, config.run.steps)
-        begin = [steps.start(model, optimizer, frozen)]
+    recipe = Recipe(config, _shapes(model))
+    with folder.claimed(config):
+        data = Data(config, reader, tokenizer, home, folder.data)
+        folder.check_inputs(config, model.config, data.digest)
+        like, begin = _shapes(model), [recipe.start(model)]
+        folder.describe(model, begin[0].frozen, home)
         del model  # nobody holds on to the first weights: steps use them up, a restart drops them
-        state = _run(config, folder, steps.make(like, optimizer), begin.pop(), rows)
-        last = int(state.step)
-        if finished := last == config.run.steps:
-            _write_final(config, steps.merge(like, state.trainable, state.frozen), folder.final)
+        state, code = Run(config, folder, recipe, data, like).go(begin.pop())
+        if code == 0:
+            weights = state.ema or state.trainable
+            _write_final(config, steps.merge(like, weights, state.frozen), folder.final)
             progress.say(f"wrote {folder.final}")
         else:
-            progress.say(f"stopped after step {last}; the same command goes on from there")
+            progress.say(
+                f"stopped after step {int(state.step)}; the same command goes on from there"
+            )
         plots.try_save(lambda: records.plot(folder.metrics), folder.plot)
-    return 0 if finished else door.INTERRUPTED
-
-
-def batch_rows(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
-    """The rows of a step (counted from 0): one shuffled pass over all rows after another."""
-    places = range(step * batch, (step + 1) * batch)
-    return np.array([_order(rows, seed, place // rows)[place % rows] for place in places])
-
-
-@functools.lru_cache(maxsize=2)
-def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
+    return code
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -110,75 +104,132 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
             form="stacked",
         )
     loading.check_fits(tokenizer, model.config, tokenizer_folder(config))
-    if config.data.length > model.config.max_positions:
+    longest = max(stage.length for stage in config.stages)
+    if longest > model.config.max_positions:
         raise InputError(
-            f"data.length ({config.data.length}) is more than the model's "
+            f"data.length ({longest}) is more than the model's "
             f"{model.config.max_positions} positions"
         )
     return model
 
 
-def _rows(config: Config, tokenizer: Tokenizer, read: Read) -> Rows:
-    """The packed data. Examples that are too long are left out, which is told."""
-    length, kept, long, longest = config.data.length, [], 0, 0
-    with progress.counting("reading examples") as advance:
-        for example in read(config, tokenizer):
-            advance()
-            if example.ids.size > length:
-                long, longest = long + 1, max(longest, example.ids.size)
-            else:
-                kept.append(example)
-    if long:
-        progress.say(
-            f"{config.data.path}: {long:,} of {long + len(kept):,} examples are longer than "
-            f"data.length ({length}) and left out; the longest has {longest:,} tokens"
-        )
-    if not any(example.learn[1:].any() for example in kept):
-        raise InputError(f"{config.data.path}: nothing to learn from")
-    rows = pack(kept, length)
-    progress.say(
-        f"{config.data.path}: {len(kept):,} examples in {len(rows):,} rows of {length} tokens, "
-        f"{rows.filled:.1%} filled"
-    )
-    return rows
+class Run:
+    """The steps of a run."""
 
+    def __init__(
+        self, config: Config, folder: RunFolder, recipe: Recipe, data: Data, like: Pangu
+    ) -> None:
+        """like: the model's structure"""
+        self._config, self._folder, self._data, self._like = config, folder, data, like
+        self._step = jax.jit(recipe.step(), donate_argnames="state")
+        every = np.arange(config.run.steps)
+        self._rates = np.asarray(optimizers.schedule(config.optimizer, config.stages)(every))
+        self._code = 0
 
-def _run(config: Config, folder: RunFolder, step: Step, state: State, rows: Rows) -> State:
-    """The state after the last step, or after the one at which Ctrl-C came."""
-    section = config.run
-    step = jax.jit(step, donate_argnames="state")
-    rates = np.asarray(
-        optimizers.schedule(config.optimizer, section.steps)(np.arange(section.steps))
-    )
-    asked_to_stop: list[bool] = []
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.checkpoints)))
-        if checkpoints.latest is not None:
+    def go(self, state: State) -> tuple[State, int]:
+        """The state after the last step, or after the one at which somebody asked to stop; and the
+        exit code.
+        """
+        section = self._config.run
+        with contextlib.ExitStack() as stack:
+            saved = Checkpoints(self._folder.checkpoints, section.keep)
+            stack.enter_context(contextlib.closing(saved))
             blank, frozen = shapes(state), state.frozen
-            del state
-            state = checkpoints.restore(blank, frozen)
-            progress.say(f"going on after step {int(state.step)}")
-        first = int(state.step)
-        bar = stack.enter_context(progress.training(section.steps, first))
-        record = Record(folder.metrics, first, rates, bar)
-        stack.enter_context(contextlib.closing(record))
-        stack.enter_context(door.interrupts(lambda: _stop(asked_to_stop)))
-        for number in range(first + 1, section.steps + 1):
-            batch = rows.batch(batch_rows(number - 1, config.data.batch, len(rows), section.seed))
-            state, metrics = step(state, batch)
-            record.add(number, metrics, int((batch.segments > 0).sum()))
-            last = number == section.steps or bool(asked_to_stop)
-            if last or number % section.save_every == 0:
-                record.flush()
-                checkpoints.save(state)
-            if last:
-                break
-    return state
+            if saved.latest is not None:
+                del state
+                state = saved.restore(blank, frozen)
+                progress.say(f"going on after step {int(state.step)}")
+            stack.enter_context(door.interrupts(lambda: self._stop(door.INTERRUPTED)))
+            stack.enter_context(door.terminations(lambda: self._stop(door.TERMINATED)))
+            back = 0
+            while True:
+                try:
+                    state = self._go(state, saved)
+                    saved.wait()
+                    return state, self._code if int(state.step) < section.steps else 0
+                except Failure as failure:
+                    saved.wait()
+                    self._give_up(failure, saved, back)
+                    state = saved.restore(blank, frozen)
+                    back += 1
+                    state = self._skip(state, failure)
 
+    def _go(self, state: State, saved: Checkpoints) -> State:
+        first, section = int(state.step), self._config.run
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(progress.training(section.steps, first))
+            record = Record(
+                self._folder,
+                first,
+                bar,
+                spike=section.spike,
+                peak=self._peak(),
+                tensorboard=section.tensorboard,
+            )
+            stack.enter_context(contextlib.closing(record))
+            skipped = int(state.skipped)
+            for number, stage, batch in self._batches(first, skipped):
+                state, metrics = self._step(state, batch)
+                record.add(self._taken(number, stage, batch), metrics)
+                last = number == section.steps or bool(self._code)
+                if last or number % section.save_every == 0:
+                    record.flush()
+                    saved.save(state)
+                if last:
+                    break
+        return state
 
-def _stop(asked: list[bool]) -> None:
-    asked.append(True)
-    progress.say("stopping after this step; Ctrl-C again to leave at once")
+    def _batches(self, done: int, skipped: int) -> Iterator[tuple[int, Stage, Batch]]:
+        """Number (from 1), phase and batch of every step after `done`."""
+        for stage in self._config.stages:
+            if done >= stage.end:
+                continue
+            at = max(done, stage.begin)
+            feed = self._data.feed(stage).since(at - stage.begin + skipped)
+            for number in range(at + 1, stage.end + 1):
+                yield number, stage, next(feed)
+
+    def _taken(self, number: int, stage: Stage, batch: Batch) -> Taken:
+        flops = step_flops(self._like.config, stage.length, stage.batch)
+        tokens = int((batch.segments > 0).sum())
+        return Taken(number, float(self._rates[number - 1]), tokens, flops)
+
+    def _peak(self) -> float | None:
+        """FLOP/s of all devices of the run."""
+        devices = list(np.ravel(np.asarray(self._like.mesh.devices)))
+        size = jnp.dtype(self._config.step.compute).itemsize
+        one = peak(devices[0].device_kind, size)
+        return None if one is None else one * len(devices)
+
+    def _give_up(self, failure: Failure, saved: Checkpoints, back: int) -> None:
+        """Raises TrainingError where the run is not to go back, or cannot."""
+        if saved.latest is None:
+            good = "there is no checkpoint yet"
+        else:
+            good = f"the last good checkpoint is of step {saved.latest}"
+        if self._config.run.failure == "stop":
+            advice = "--run.failure skip goes back to it and leaves those batches out; or begin"
+            advice = "begin" if saved.latest is None else advice
+            raise TrainingError(
+                f"{failure}; {good}: {advice} another run with a lower optimizer.learning_rate"
+            )
+        if saved.latest is None or back == MOST_BACK:
+            raise TrainingError(
+                f"{failure}; {good}, and the run went back {back} times: begin another with a "
+                "lower optimizer.learning_rate"
+            )
+
+    def _skip(self, state: State, failure: Failure) -> State:
+        """The state with the batches up to the failure left out."""
+        step = int(state.step)
+        lost = failure.step - step
+        progress.say(f"{failure}: back to step {step}, and its next {lost} batches are left out")
+        skipped = jax.device_put(np.int32(int(state.skipped) + lost), state.skipped.sharding)
+        return dataclasses.replace(state, skipped=skipped)
+
+    def _stop(self, code: int) -> None:
+        self._code = code
+        progress.say("stopping after this step; Ctrl-C again to leave at once")
 
 
 def _shapes(model: Pangu) -> Pangu:

@@ -1,9 +1,12 @@
-"""What training minimises: cross-entropy of the next token, without a [tokens, vocabulary] array.
+"""What training minimises: the cross-entropy of the next token, without a [tokens, vocabulary]
+array, and what keeps a MoGE's experts busy.
 
 Everything here is global: `loss` opens the one shard_map of a step and gradients are taken outside
 of it.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,8 +18,10 @@ from jaxtyping import Array, Float, Int
 from pangu_jax import model as pangu
 from pangu_jax.cache import Meta
 from pangu_jax.linear import linear
-from pangu_jax.model import Pangu
+from pangu_jax.model import Pangu, Remat
+from pangu_jax.moge import Routing
 from pangu_jax.parallel import boundary
+from pangu_jax.parallel.layout import Layout
 from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.precision import exact_if_float32
 from pangu_jax.pytree import pytree
@@ -43,23 +48,108 @@ class Batch:
     weights: Float[Any, "B T"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, and how: the weights of what is added to the cross-entropy, and what of a
+    layer the backward pass computes again (`model.tapped_forward`).
+    """
+
+    z_loss: float = 0.0
+    balance: float = 0.0
+    remat: Remat | None = None
+
+
+@pytree
+class Router:
+    """What a MoGE's routers did, by layer.
+
+    load: (token, expert) pairs of each expert
+    entropy: of the softmax over all experts, in nats, the mean of the tokens
+    """
+
+    load: Float[Array, "L E"]
+    entropy: Float[Array, " L"]
+
+
+@pytree
+class Measures:
+    """Parts of an objective.
+
+    cross_entropy: nats per target
+    z: the mean of logsumexp(logits)^2
+    balance: sum_i f_i p_i, the mean of the layers; 1 where all experts have as much to do
+    """
+
+    cross_entropy: Float[Array, ""]
+    z: Float[Array, ""]
+    balance: Float[Array, ""] | None
+    router: Router | None
+
+
 def loss(model: Pangu, batch: Batch) -> Float[Array, ""]:
     """Cross-entropy in nats, averaged over the weights of the batch (0 where they are all 0)."""
+    return objective(model, batch, Objective())[1].cross_entropy
+
+
+def objective(
+    model: Pangu,
+    batch: Batch,
+    wanted: Objective,
+    count: Float[Array, ""] | None = None,
+    share: float = 1.0,
+) -> tuple[Float[Array, ""], Measures]:
+    """cross-entropy + z_loss mean(logsumexp^2) + balance l_aux, and its parts.
+
+    l_aux = sum_i f_i p_i over the experts i, of the whole batch: f_i = E / (K tokens) times the
+    tokens that chose i, p_i their mean share of the softmax over all experts (arXiv 2505.21411,
+    eq. 8; here the mean of the layers).
+
+    count, share: where this is a part of a batch, the weights of all of it, and its part of it: the
+        objectives of all parts add up to that of the batch
+    """
     where = model.layout
     rows = batch.tokens.shape[0]
     more = [(0, where.round_rows(rows) - rows), (0, 0)]
     batch = jax.tree.map(lambda grid: jnp.pad(grid, more), batch)
+    of_all = batch.weights.sum() if count is None else count
+    of_all = jnp.maximum(of_all, jnp.finfo(jnp.float32).tiny)
 
-    def local(model: Pangu, batch: Batch) -> Array:
+    def local(model: Pangu, batch: Batch) -> tuple[Array, Array, Any]:
         meta = Meta(batch.positions, batch.segments > 0, batch.segments)
-        hidden, _ = pangu.forward(model, batch.tokens.reshape(-1), meta)
-        total = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
-        count = batch.weights.sum()
-        if replicas := where.of("batch"):
-            count = lax.psum(count, replicas)
-        return total / jnp.maximum(count, jnp.finfo(jnp.float32).tiny)
+        valid = boundary.spread(meta.valid.reshape(-1), where.stream, where)
+        tap = functools.partial(_of_router, boundary.own(valid, where.stream, where), where)
+        tap = tap if model.config.moge is not None else lambda x, routing: None
+        tokens = batch.tokens.reshape(-1)
+        hidden, _, kept = pangu.tapped_forward(model, tokens, meta, None, tap, wanted.remat)
+        sums = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
+        router = jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept)
+        return *sums, router
 
-    return on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
+    nats, squares, router = on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
+    nats, squares = nats / of_all, squares / of_all
+    total, balance = nats + wanted.z_loss * squares, None
+    if model.config.moge is not None:
+        load, shares, entropy = router
+        tokens = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
+        moge = model.config.moge
+        scale = moge.num_experts / (moge.experts_per_token * tokens * tokens)
+        balance = (load * shares).sum(axis=1).mean() * scale * share
+        total = total + wanted.balance * balance
+        router = Router(load, entropy / tokens * share)
+    return total, Measures(nats, squares, balance, router)
+
+
+def _of_router(valid: Array, where: Layout, x: Array, routing: Routing | None) -> tuple:
+    """Sums over the valid tokens of all devices: choices of every expert, its softmax, entropy."""
+    assert routing is not None
+    with jax.named_scope("router_statistics"):
+        logs = jax.nn.log_softmax(routing.logits.astype(jnp.float32), axis=-1)
+        logs = jnp.where(valid[:, None], logs, 0)
+        p = jnp.exp(logs) * valid[:, None]
+        chosen = jnp.where(valid[:, None], routing.experts, logs.shape[1]).reshape(-1)
+        load = jnp.zeros(logs.shape[1], jnp.float32).at[chosen].add(1.0, mode="drop")
+        found = (load, p.sum(0), -(p * logs).sum())
+        return lax.psum(found, where.stream) if where.stream else found
 
 
 def cross_entropy(
@@ -67,9 +157,9 @@ def cross_entropy(
     hidden: Float[Array, "shard D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
-) -> Float[Array, ""]:
-    """sum_n weights[n] * (logsumexp(z_n) - z_n[targets[n]]) over the tokens n of all devices, with
-    z the logits of `hidden`, in chunks of CHUNK tokens.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """sum_n weights[n] * (logsumexp(z_n) - z_n[targets[n]]) over the tokens n of all devices, and
+    sum_n weights[n] * logsumexp(z_n)^2, with z the logits of `hidden`, in chunks of CHUNK tokens.
 
     hidden: this device's part of the stream
     targets, weights: of all tokens of its replica of attention
@@ -83,7 +173,8 @@ def cross_entropy(
 
     @jax.checkpoint
     def chunk(head: Array, hidden: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * _nats(model, head, hidden, targets))
+        nats, log_z = _nats(model, head, hidden, targets)
+        return jnp.stack([jnp.sum(weights * nats), jnp.sum(weights * log_z**2)])
 
     N = hidden.shape[0]
     chunks = -(-N // CHUNK)
@@ -96,20 +187,24 @@ def cross_entropy(
         )
         parts = (cut(hidden), cut(targets), cut(weights))
         add = lambda total, part: (total + chunk(head, *part), None)
-        total = lax.scan(add, boundary.varying(jnp.float32(0), others), parts)[0]
-    return lax.psum(total, others) if others else total
+        total = lax.scan(add, boundary.varying(jnp.zeros(2, jnp.float32), others), parts)[0]
+    total = lax.psum(total, others) if others else total
+    return total[0], total[1]
 
 
 def _nats(
     model: Pangu, head: Float[Array, "part D"], hidden: Float[Array, "N D"], targets: Array
-) -> Float[Array, " N"]:
-    """-log p(target) of every token; the same on every rank of the vocabulary's axes."""
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """-log p(target) and logsumexp of every token's logits; the same on every rank of the
+    vocabulary's axes.
+    """
     axes, part = model.layout.of("vocab"), head.shape[0]
     with exact_if_float32(model.dtype):
         logits = linear(hidden, head, jnp.float32)
     if not axes:
         own = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - own
+        log_z = jax.nn.logsumexp(logits, axis=1)
+        return log_z - own, log_z
     first = lax.axis_index(axes) * part
     real = first + jnp.arange(part) < model.config.vocab_size
     logits = jnp.where(real[None], logits, -jnp.inf)
@@ -118,4 +213,5 @@ def _nats(
     place = targets - first
     mine = (place >= 0) & (place < part)
     own = jnp.take_along_axis(logits, jnp.clip(place, 0, part - 1)[:, None], axis=1)[:, 0]
-    return jnp.log(total) + largest - lax.psum(jnp.where(mine, own, 0), axes)
+    log_z = jnp.log(total) + largest
+    return log_z - lax.psum(jnp.where(mine, own, 0), axes), log_z

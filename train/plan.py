@@ -7,7 +7,7 @@ from pangu_jax.errors import ConfigError, InputError
 from pangu_jax.plan import target as targets
 from train import config as configs
 from train.commands import Plan as Command
-from train.config import Config
+from train.config import Config, Stage
 
 # What training computes in, today.
 DTYPE, BYTES = "float32", 4
@@ -35,7 +35,8 @@ def of(config: Config, target: targets.Target) -> Any:
     from pangu_jax.plan.cost import Work
 
     name, model = plans.model_config(str(config.model.path or config.model.preset))
-    if config.data.length > model.max_positions:
+    stage = _largest(config)
+    if stage.length > model.max_positions:
         raise ConfigError(f"data.length: the model has only {model.max_positions} positions")
     shown = config.model.layout or "single"
     where = layout.load(shown).over(target.num_devices)
@@ -44,8 +45,13 @@ def of(config: Config, target: targets.Target) -> Any:
             f"layout {shown} is for {where.num_devices} devices; {target} has "
             f"{target.num_devices}: choose another --model.layout, such as fsdp"
         )
-    work = Work("train", config.data.batch, config.data.length)
+    work = Work("train", stage.batch, stage.length)
     return report.of(name, model, target, shown, where, DTYPE, BYTES, work)
+
+
+def _largest(config: Config) -> Stage:
+    """The phase whose steps take the most memory."""
+    return max(config.stages, key=lambda stage: (stage.batch * stage.length, stage.length))
 
 
 def lower(config: Config, plan: Any) -> Any:
@@ -56,25 +62,23 @@ def lower(config: Config, plan: Any) -> Any:
 
     from pangu_jax import build
     from pangu_jax.pytree import unchecked
-    from train import optimizer as optimizers
     from train import step as steps
     from train.objectives import Batch
+    from train.recipe import Recipe
 
     devices = plan.target.devices()
     model = build.abstract(
         plan.config, dtype=DTYPE, where=plan.where, form="stacked", devices=devices
     )
-    names = [name for name, _ in build.named_leaves(model)]
-    frozen = optimizers.frozen(config.optimizer.freeze, names)
-    optimizer = optimizers.make(config.optimizer, config.run.steps)
+    recipe, stage = Recipe(config, model), _largest(config)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    shapes = jax.eval_shape(lambda model: steps.begin(model, optimizer, frozen), model)
+    shapes = jax.eval_shape(recipe.begin, model)
     state = jax.tree.map(place, shapes, steps.places(model, shapes))
     rows = NamedSharding(model.mesh, plan.where.rows)
-    size = (plan.where.round_rows(config.data.batch), config.data.length)
+    size = (plan.where.round_rows(stage.batch), stage.length)
     grid = lambda dtype: jax.ShapeDtypeStruct(size, dtype, sharding=rows)
     whole, real = grid(jnp.int32), grid(jnp.float32)
     batch = unchecked(
         Batch, tokens=whole, targets=whole, segments=whole, positions=whole, weights=real
     )
-    return jax.jit(steps.make(model, optimizer), donate_argnames="state").lower(state, batch)
+    return jax.jit(recipe.step(), donate_argnames="state").lower(state, batch)

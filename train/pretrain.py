@@ -1,20 +1,21 @@
 """Pre-training: every token of every document is predicted from those before it."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 from pangu_jax.text.tokenizer import Tokenizer
-from train import config, data, loop
+from train import config, loop
 from train.commands import Pretrain
-from train.config import Config
-from train.packing import Example
+from train.data import examples
+from train.data.examples import Encode, Learn
+from train.data.mixture import Reader
 
 
 def run(command: Pretrain) -> int:
     """The `pretrain` command."""
-    return loop.train(config.load(command.config, command.overrides), read)
+    return loop.train(config.load(command.config, command.overrides), READER)
 
 
-def read(config: Config, tokenizer: Tokenizer) -> Iterator[Example]:
-    """The documents of `data.path`, in pieces of `data.length`."""
-    return data.documents(Path(config.data.path), tokenizer, config.data.length)
+def encode(tokenizer: Tokenizer, learn: Learn) -> Encode:
+    """Documents; of conversations among them what `learn` says."""
+    return examples.either(examples.documents(tokenizer), examples.conversations(tokenizer, learn))
+
+
+READER = Reader("pretrain", encode, cut=True)

@@ -2,29 +2,40 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import orbax.checkpoint as ocp
+from jaxtyping import Array
 
 from infer import files
 from pangu_jax import strict
+from pangu_jax.checkpoint import hf_config, native
+from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
+from pangu_jax.model import Pangu
 from train import config as configs
 from train.config import Config
-from train.packing import Rows
 
 CONFIG, INPUTS, LOCK = "config.toml", "inputs.sha256", ".lock"
 
 
 class RunFolder:
-    """config.toml, inputs.sha256, metrics.jsonl, loss.png, checkpoints/ and final/ of one run."""
+    """config.toml, inputs.sha256, data/, metrics.jsonl, loss.png, checkpoints/, final/ and what
+    makes it a model folder (`pangu_jax.checkpoint.native`), of one run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
-        self.checkpoints = path / "checkpoints"
-        self.final = path / "final"
+        self.data = path / "data"
+        self.router = path / "router.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / native.CHECKPOINTS
+        self.final = path / native.FINAL
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
@@ -42,29 +53,51 @@ class RunFolder:
         return folder
 
     @contextlib.contextmanager
-    def begin(self, config: Config, model: ModelConfig, rows: Rows) -> Iterator[None]:
-        """Writes the configuration, and what tells model and data from others; within, no other
-        process works in the folder.
+    def claimed(self, config: Config) -> Iterator[None]:
+        """Writes the configuration; within, no other process works in the folder.
 
-        Raises InputError where the run began with others, or one does.
+        Raises InputError where one does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        files.write(self.path / CONFIG, configs.to_toml(config).encode())
+        with files.locked(self.path / LOCK):
+            yield
+
+    def check_inputs(self, config: Config, model: ModelConfig, data: str) -> None:
+        """Keeps what tells model and data from others, or compares it.
+
+        data: a digest of the data
+        Raises InputError where the run began with others.
         """
         digest = hashlib.sha256(repr(model).encode())
         if config.model.path is not None:
             for file in sorted(Path(config.model.path).glob("*.safetensors")):
                 digest.update(files.fingerprint(file).encode())
-        for array in (rows.tokens, rows.segments, rows.learn):
-            digest.update(array.tobytes())
+        digest.update(data.encode())
         inputs = self.path / INPUTS
-        if inputs.exists() and strict.read_text(inputs).strip() != digest.hexdigest():
+        if not inputs.exists():
+            files.write(inputs, f"{digest.hexdigest()}\n".encode())
+        elif strict.read_text(inputs).strip() != digest.hexdigest():
             raise InputError(
                 f"{self.path}: the data, the tokenizer or the model changed since the run began; "
                 "choose another run.output"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        files.write(self.path / CONFIG, configs.to_toml(config).encode())
-        with files.locked(self.path / LOCK):
-            files.write(inputs, f"{digest.hexdigest()}\n".encode())
-            yield
+
+    def describe(self, model: Pangu, frozen: Mapping[str, Array], home: Path) -> None:
+        """Makes the folder one that `pangu_jax.load` opens: all that its checkpoints do not hold.
+
+        frozen: leaves that are never trained
+        home: where tokenizer and generation files lie
+        """
+        for file in (home / name for name in COMPANIONS):
+            if file.is_file() and not (self.path / file.name).exists():
+                files.write(self.path / file.name, file.read_bytes())
+        still = (self.path / native.FROZEN).absolute()
+        if frozen and not still.exists():
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+                writer.save(still, args=ocp.args.StandardSave(dict(frozen)))
+        config = hf_config.to_hf(model.config, model.config.dtype, json.loads(model.origin.config))
+        files.write(self.path / "config.json", json.dumps(config, indent=2).encode())
 
     def _check_same(self, config: Config) -> None:
         table = strict.read_toml(self.path / CONFIG)

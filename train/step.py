@@ -15,6 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pangu_jax import build
@@ -22,27 +23,39 @@ from pangu_jax.model import Pangu
 from pangu_jax.pytree import pytree
 from pangu_jax.quant import leaves
 from train import objectives
-from train.objectives import Batch
+from train.objectives import Batch, Measures, Objective, Router
 
 Leaves = dict[str, Array]
 
 
 @pytree
 class State:
-    """Everything that a step changes, and the frozen weights that it does not."""
+    """Everything that a step changes, and the frozen weights that it does not.
+
+    skipped: batches that were left out so far
+    ema: a running mean of the trainable weights; empty where none is kept
+    """
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     trainable: Leaves
     frozen: Leaves
     optimizer: optax.OptState
+    ema: Leaves
 
 
 @pytree
 class Metrics:
-    """Of one step: the loss before it, the norm of its gradients before clipping."""
+    """Of one step: the cross-entropy before it and the other parts of its objective, the norm of
+    its gradients before clipping, that of the weights after it.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    weight_norm: Float[Array, ""]
+    z: Float[Array, ""]
+    balance: Float[Array, ""] | None
+    router: Router | None
 
 
 Step = Callable[[State, Batch], tuple[State, Metrics]]
@@ -67,37 +80,110 @@ def merge(like: Pangu, trainable: Leaves, frozen: Leaves) -> Pangu:
 
 
 def start(
-    model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
+    model: Pangu,
+    optimizer: optax.GradientTransformation,
+    frozen: Callable[[str], bool],
+    ema: bool = False,
 ) -> State:
     """The state before the first step, placed as every step returns it: a step compiles once."""
-    state = begin(model, optimizer, frozen)
+    state = begin(model, optimizer, frozen, ema)
     return jax.device_put(state, places(model, state))
 
 
 def begin(
-    model: Pangu, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool]
+    model: Pangu,
+    optimizer: optax.GradientTransformation,
+    frozen: Callable[[str], bool],
+    ema: bool = False,
 ) -> State:
     """The state before the first step, wherever it lies."""
     trainable, still = split(model, frozen)
-    return State(jnp.zeros((), jnp.int32), trainable, still, optimizer.init(trainable))
+    mean = jax.tree.map(jnp.copy, trainable) if ema else {}
+    none = lambda: jnp.zeros((), jnp.int32)
+    return State(none(), none(), trainable, still, optimizer.init(trainable), mean)
 
 
-def make(like: Pangu, optimizer: optax.GradientTransformation) -> Step:
-    """The step for models of `like`'s structure and layout; not jitted."""
+def make(
+    like: Pangu,
+    optimizer: optax.GradientTransformation,
+    wanted: Objective = Objective(),
+    dtype: DTypeLike = jnp.float32,
+    parts: int = 1,
+    ema: float | None = None,
+) -> Step:
+    """A step for `jax.jit`; its state may be donated.
+
+    like: a model of the structure and layout that the state came from; its arrays are not used
+    dtype: of the products; weights, gradients' sums and the optimizer are float32
+    parts: of a batch, one after the other; each has as many rows as the others, or padding
+    ema: decay of the running mean in `State.ema`, which a state begun with one has
+    """
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        def loss(trainable: Leaves) -> Array:
-            return objectives.loss(merge(like, trainable, state.frozen), batch)
+        lower, still = (_cast(own, jnp.dtype(dtype)) for own in (state.trainable, state.frozen))
+        count = batch.weights.sum()
 
-        value, grads = jax.value_and_grad(loss)(state.trainable)
+        def of_part(lower: Leaves, part: Batch) -> tuple[Array, Measures]:
+            model = merge(like, lower, still)
+            return objectives.objective(model, part, wanted, count, 1 / parts)
+
+        gradients = jax.value_and_grad(of_part, has_aux=True)
+        whole = lambda leaves: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), leaves)
+        if parts == 1:
+            (_, found), grads = gradients(lower, batch)
+            grads = whole(grads)
+        else:
+            shapes = jax.eval_shape(lambda: gradients(lower, _cut(batch, parts, like, 0)))
+            blank = lambda leaf: jnp.zeros(leaf.shape, jnp.float32)
+            start = jax.tree.map(blank, ((shapes[0][1]), shapes[1]))
+
+            def add(sums: Any, number: Array) -> tuple[Any, None]:
+                (_, found), grads = gradients(lower, _cut(batch, parts, like, number))
+                return jax.tree.map(jnp.add, sums, (found, whole(grads))), None
+
+            (found, grads), _ = lax.scan(add, start, jnp.arange(parts))
         with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-        trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
-        metrics = Metrics(value, optax.tree.norm(grads))
-        state = State(state.step + 1, trainable, state.frozen, moments)
+            trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
+        mean = state.ema
+        if (kept := ema) is not None:
+            mean = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, mean, trainable)
+        metrics = Metrics(
+            found.cross_entropy,
+            optax.tree.norm(grads),
+            optax.tree.norm(trainable),
+            found.z,
+            found.balance,
+            found.router,
+        )
+        state = State(state.step + 1, state.skipped, trainable, state.frozen, moments, mean)
         return lax.with_sharding_constraint(state, places(like, state)), metrics
 
     return step
+
+
+def _cast(own: Leaves, dtype: jnp.dtype) -> Leaves:
+    """The weights as a step multiplies them; parts of quantised matrices stay as they are."""
+    if dtype == jnp.float32:
+        return own
+    is_low = lambda name, leaf: leaf.dtype == jnp.float32 and not leaves.is_fixed(name)
+    return {n: x.astype(dtype) if is_low(n, x) else x for n, x in own.items()}
+
+
+def _cut(batch: Batch, parts: int, like: Pangu, number: Any) -> Batch:
+    """Part `number` of a batch: every `parts`-th row, so that each device has its own rows in all
+    parts.
+    """
+
+    def one(grid: Array) -> Array:
+        rows = grid.shape[0]
+        size = like.layout.round_rows(-(-rows // parts))
+        grid = jnp.pad(grid, [(0, size * parts - rows), (0, 0)])
+        grid = grid.reshape(size, parts, -1)
+        return lax.dynamic_index_in_dim(grid, number, axis=1, keepdims=False)
+
+    return jax.tree.map(one, batch)
 
 
 def places(like: Pangu, state: State) -> Any:

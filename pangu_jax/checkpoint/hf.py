@@ -1,5 +1,6 @@
 """Hugging Face folders in: `load` streams one in, checked before anything is allocated."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pangu_jax import build, strict
-from pangu_jax.checkpoint import description, hf_config, names, quantised
+from pangu_jax.checkpoint import description, hf_config, names, native, quantised
 from pangu_jax.checkpoint.folder import Folder
 from pangu_jax.checkpoint.quantised import Description
 from pangu_jax.config import ModelConfig
@@ -72,6 +73,8 @@ def load(
     form: "separate" (default on CPU and GPU) or "stacked" (default on TPU, and for training)
     progress: called with (bytes read, bytes in all) after each leaf
 
+    A folder of `pangu-train` is a model, too: that of its newest checkpoint until it is finished.
+
     A folder that describes itself as quantised (compressed-tensors or msModelSlim) gives a model
     whose matrices are held as they are stored.
 
@@ -79,14 +82,17 @@ def load(
     all checked before anything is allocated. Raises CheckpointError, one line naming file and
     tensor.
     """
-    folder = Path(path)
+    folder = native.home(Path(path))
     config, raw = read_config(folder)
     build.check_choices(form, dtype)  # before the folder's files are opened
+    remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
+    origin = Origin(remembered, companions(folder), folder.absolute())
+    if native.is_run(folder):
+        of = functools.partial(build.abstract, config, dtype=dtype, where=layout, origin=origin)
+        return build.convert(native.fill(folder, of(form="stacked")), of(form=form).form)
     tensors = Folder(folder)
     said = read_description(tensors, raw, config)
     parts = check_tensors(config, tensors, said)
-    remembered = json.dumps(hf_config.remembered(raw), sort_keys=True)
-    origin = Origin(remembered, companions(folder), folder.absolute())
     recipe = FLOAT if said is None else said.recipe
     model = build.abstract(
         config, dtype=dtype, where=layout, form=form, origin=origin, recipe=recipe

@@ -1,17 +1,13 @@
-"""JSON lines to examples: documents to continue, or conversations to answer.
-
-A file is hostile until checked: a bad line ends the run before it begins, named by its number.
-"""
+"""One record as token ids: a document to go on with, or a conversation to answer."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-from infer import files
 from pangu_jax import strict
 from pangu_jax.errors import InputError, PanguError
 from pangu_jax.text import chat
@@ -19,58 +15,86 @@ from pangu_jax.text import markers as marking
 from pangu_jax.text import messages as conversation
 from pangu_jax.text.markers import Markers, Think
 from pangu_jax.text.tokenizer import Tokenizer
-from train.packing import Example
+from train.data.records import Record
 
 # No tokenizer has a piece of this and something else.
 SOMETHING = "\x01"
 
+# Whose tokens are learnt: all that assistants say, their last turn only, or everybody's.
+Learn = Literal["assistants", "last", "all"]
 
-def documents(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Example]:
-    """The documents of {"text": ...} lines, every token to be learnt, in pieces of `length`.
 
-    A document begins with BOS and ends with EOS, where the tokenizer has them. Raises InputError.
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Token ids, and which of them are to be learnt."""
+
+    ids: Int[np.ndarray, " T"]
+    learn: Bool[np.ndarray, " T"]
+
+
+Encode = Callable[[dict[str, Any]], Iterator[Example]]
+
+
+def of(record: Record, encode: Encode) -> list[Example]:
+    """The examples of a record. Raises InputError, naming its place."""
+    if isinstance(record.value, InputError):
+        raise record.value
+    try:
+        return list(encode(record.value))
+    except PanguError as error:
+        raise InputError(f"{record.where}: {error}") from None
+
+
+def documents(tokenizer: Tokenizer) -> Encode:
+    """Of {"text": ...}: one example, every token to be learnt.
+
+    A document begins with BOS and ends with EOS, where the tokenizer has them.
     """
     ends = ([tokenizer.bos_id], [tokenizer.eos_id])
     first, last = ([id for id in end if id is not None] for end in ends)
-    for where, line in files.json_lines(path):
+
+    def encode(line: dict[str, Any]) -> Iterator[Example]:
         text = line.get("text")
         if not isinstance(text, str):
-            raise InputError(f'{where}: "text" must be a string, not {strict.describe(text)}')
+            raise InputError(f'"text" must be a string, not {strict.describe(text)}')
         ids = first + tokenizer.encode(text, add_special_tokens=False) + last
-        # The last token of a piece is the first of the next: no other token predicts it there.
-        for start in range(0, max(len(ids) - 1, 1), length - 1):
-            piece = np.array(ids[start : start + length], np.int32)
-            yield Example(piece, np.ones(piece.size, bool))
+        yield Example(np.array(ids, np.int32), np.ones(len(ids), bool))
+
+    return encode
 
 
-def conversations(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
-    """The conversations of {"messages": [...], "think": ..., "tools": ...} lines.
-
-    What is learnt is what assistants say, up to and with the token that ends their turn; what comes
-    before is the prompt that a chat would have then. Raises InputError.
+def conversations(tokenizer: Tokenizer, learn: Learn = "assistants") -> Encode:
+    """Of {"messages": [...], "think": ..., "tools": ...}: what assistants say is learnt, up to and
+    with the token that ends their turn; what comes before is the prompt that a chat would have
+    then. An assistant's message with "learn": false is not learnt, with true it is.
     """
     markers = marking.of(tokenizer)
-    for where, line in files.json_lines(path):
-        try:
-            talk = _talk(line)
-            found = list(_turns(talk, tokenizer, markers))
-        except PanguError as error:
-            raise InputError(f"{where}: {error}") from None
+
+    def encode(line: dict[str, Any]) -> Iterator[Example]:
+        found = list(_turns(_talk(line, learn), tokenizer, markers, learn == "all"))
         if not found:
-            raise InputError(f"{where}: no message of an assistant, so there is nothing to learn")
-        yield from found
+            raise InputError("no message of an assistant, so there is nothing to learn")
+        yield from (example for example in found if example.learn.any())
+
+    return encode
+
+
+def either(text: Encode, talk: Encode) -> Encode:
+    """Of records that have "messages" conversations, of others documents."""
+    return lambda line: (talk if "messages" in line else text)(line)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Talk:
-    """One line, checked."""
+    """One record, checked. learn: of each message, whether what it says is learnt."""
 
     messages: tuple[dict, ...]
+    learn: tuple[bool, ...]
     think: Think | None
     tools: tuple[dict, ...] | None
 
 
-def _talk(line: dict[str, Any]) -> _Talk:
+def _talk(line: dict[str, Any], learn: Learn) -> _Talk:
     if "messages" not in line:
         raise InputError('needs "messages"')
     messages = strict.coerce(tuple[dict, ...], line["messages"], "messages")
@@ -82,14 +106,30 @@ def _talk(line: dict[str, Any]) -> _Talk:
             )
     return _Talk(
         messages,
+        _learnt(messages, learn),
         strict.coerce(Think | None, line.get("think"), "think"),
         strict.coerce(tuple[dict, ...] | None, line.get("tools"), "tools"),
     )
 
 
-def _turns(talk: _Talk, tokenizer: Tokenizer, markers: Markers) -> Iterator[Example]:
+def _learnt(messages: tuple[dict, ...], learn: Learn) -> tuple[bool, ...]:
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    found = []
+    for i, message in enumerate(messages):
+        own = message.get("learn", learn != "last" or i == said[-1]) if i in said else None
+        if own is not None and not isinstance(own, bool):
+            raise InputError(
+                f"message {i + 1}: learn must be true or false, not {strict.describe(own)}"
+            )
+        found.append(bool(own))
+    return tuple(found)
+
+
+def _turns(talk: _Talk, tokenizer: Tokenizer, markers: Markers, prompts: bool) -> Iterator[Example]:
     """One example of all turns, as long as every prompt goes on from the turn before. Where it does
     not, another one begins: a thought that is over is not told again, a thinking switch moves on.
+
+    prompts: they are learnt too
     """
     ids: list[int] = []
     learn: list[bool] = []
@@ -107,7 +147,8 @@ def _turns(talk: _Talk, tokenizer: Tokenizer, markers: Markers) -> Iterator[Exam
         if ids and prompt[: len(ids)] != ids:
             yield Example(np.array(ids, np.int32), np.array(learn))
             ids, learn = [], []
-        learn += [False] * (len(prompt) - len(ids)) + [True] * (len(whole) - len(prompt))
+        learn += [prompts] * (len(prompt) - len(ids))
+        learn += [talk.learn[i]] * (len(whole) - len(prompt))
         ids = whole
     if ids:
         yield Example(np.array(ids, np.int32), np.array(learn))
