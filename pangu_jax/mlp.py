@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pangu_jax.adapted import Adapted
 from pangu_jax.linear import linear
 from pangu_jax.quant.weight import Weight
 
@@ -26,8 +27,8 @@ class MLP(nnx.Module):
 
 def swiglu(
     x: Float[Array, "N D"],
-    gate_up: Float[Array, "2 F D"] | Weight,
-    down: Float[Array, "D F"] | Weight,
+    gate_up: Float[Array, "2 F D"] | Weight | Adapted,
+    down: Float[Array, "D F"] | Weight | Adapted,
 ) -> Float[Array, "N D"]:
     """down(silu(gate(x)) * up(x))."""
     y = linear(x, gate_up)

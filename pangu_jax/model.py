@@ -34,8 +34,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pangu_jax import adapted, rope, tokens_and_mask
 from pangu_jax import cache as caches
-from pangu_jax import rope, tokens_and_mask
+from pangu_jax.adapted import Adapters
 from pangu_jax.attention import Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
@@ -203,13 +204,16 @@ def tapped_forward(
     cache: Cache | None,
     tap: Tap,
     remat: Remat | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[Float[Array, "shard D"], Cache | None, list[Any]]:
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
 
     remat: what of a layer the backward pass computes again: nothing, all but its products, or all
         of it; None is nothing, and all under fsdp
+    adapters: low-rank ones beside its matrices (lora.py), as this device has them; not with a cache
     """
+    assert adapters is None or cache is None
     where, specs = model.layout, model.specs
     with exact_if_float32(model.dtype):
         x = boundary.varying(embed(model, tokens), where.stream)
@@ -219,12 +223,18 @@ def tapped_forward(
         again = _again(remat, where)
         run_layers = _scan_run if model.form == "stacked" else _single_layer
         keys, values, kept = [], [], []
-        for i, block in enumerate(model.blocks):
+        for i, (block, spec) in enumerate(zip(model.blocks, specs.blocks, strict=True)):
+            if adapters is not None:
+                block, spec = (adapted.attach(each, adapters, i) for each in (block, spec))
 
             def layer(
-                block: Block, x: Array, cache: LayerCache | None, stack: Experts | None, i: int = i
+                block: Block,
+                x: Array,
+                cache: LayerCache | None,
+                stack: Experts | None,
+                spec: Any = spec,
             ) -> tuple:
-                block = boundary.unshard(block, specs.blocks[i], where)
+                block = boundary.unshard(block, spec, where)
                 return block(x, angles, meta, cache, where, stack)
 
             pair = (cache.keys[i], cache.values[i]) if cache is not None else None

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pangu_jax.adapted import Adapted
 from pangu_jax.config import ModelConfig
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP, swiglu
@@ -53,8 +54,8 @@ class Experts:
     stack, all of them in every step; it does not when it reads each expert from the stack itself.
     """
 
-    gate_up: Float[Array, "*L E 2 F D"] | Weight
-    down: Float[Array, "*L E D F"] | Weight
+    gate_up: Float[Array, "*L E 2 F D"] | Weight | Adapted
+    down: Float[Array, "*L E D F"] | Weight | Adapted
     layer: Int[Array, ""] | None = None
 
     @property
@@ -290,22 +291,48 @@ def _blocks_backward(
     if held.layer is not None:
         raise NotImplementedError("gradients are of a layer's own experts, not of a stack")
 
-    trained = tuple(stack for stack in (held.gate_up, held.down) if not isinstance(stack, Weight))
+    stacks = (held.gate_up, held.down)
+    trained = tuple(map(_trained, stacks))
 
-    def one(i: Array, sums: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+    def one(i: Array, sums: tuple[Array, Any]) -> tuple[Array, Any]:
         expert, own = experts[i], tokens[i]
         to_x, to_held = sums
-        of_x, *of_held = jax.vjp(swiglu, x[own], *held.of(expert))[1](_slice(grad, i))
-        floats = [part for part in of_held if not isinstance(part, Weight)]
-        added = (_add(stack, expert, part) for stack, part in zip(to_held, floats, strict=True))
-        return to_x.at[own].add(of_x), tuple(added)
+        fixed = held.of(expert)
+
+        def apply(x: Array, parts: tuple) -> Array:
+            return swiglu(x, *map(_with_trained, fixed, parts))
+
+        parts = tuple(map(_trained, fixed))
+        of_x, of_held = jax.vjp(apply, x[own], parts)[1](_slice(grad, i))
+        add = lambda stack, part: _add(stack, expert, part)
+        return to_x.at[own].add(of_x), jax.tree.map(add, to_held, of_held)
 
     zeros = jax.tree.map(jnp.zeros_like, (x, trained))
     with exact_if_float32(x.dtype):
         to_x, to_held = lax.fori_loop(0, used if uneven else experts.shape[0], one, zeros)
-    sums = iter(to_held)
-    own = [None if isinstance(stack, Weight) else next(sums) for stack in (held.gate_up, held.down)]
+    own = [_cotangent(*pair) for pair in zip(stacks, to_held, strict=True)]
     return to_x, unchecked(Experts, gate_up=own[0], down=own[1], layer=None), None, None, None
+
+
+def _trained(stack: Any) -> tuple[Array, ...]:
+    """The parts of experts' weights that have a gradient."""
+    if isinstance(stack, Adapted):
+        return (stack.a, stack.b)
+    return () if isinstance(stack, Weight) else (stack,)
+
+
+def _with_trained(stack: Any, parts: tuple[Array, ...]) -> Any:
+    """The weights with these parts in the place of their own."""
+    if isinstance(stack, Adapted):
+        return Adapted(base=stack.base, a=parts[0], b=parts[1], scale=stack.scale)
+    return stack if isinstance(stack, Weight) else parts[0]
+
+
+def _cotangent(stack: Any, parts: tuple[Array, ...]) -> Any:
+    """The parts' gradients as those of the weights."""
+    if isinstance(stack, Adapted):
+        return unchecked(Adapted, base=None, a=parts[0], b=parts[1], scale=stack.scale)
+    return parts[0] if parts else None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

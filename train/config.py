@@ -146,6 +146,29 @@ class StepSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters: they alone are trained, and merged into the model at the end."""
+
+    rank: int | None = flag("of the adapters; without one the whole model is trained", None)
+    alpha: float = flag("adapters are scaled by alpha / rank", 16.0)
+    targets: tuple[str, ...] = flag("matrices that have one, such as 'mlp.*' (else all)", ())
+    base: Literal["w8a16", "w8a8", "w4a16", "fp8"] | None = flag(
+        "round the model's own weights to so few bits, to save memory", None
+    )
+
+    def __post_init__(self) -> None:
+        _check(self, "rank", self.rank is None or 1 <= self.rank <= 4096, "from 1 to 4096")
+        _check(self, "alpha", 0 < self.alpha <= 1e6, "above 0, at most 1e6")
+        if self.rank is None and (self.targets or self.base):
+            raise ConfigError("targets and base need a rank")
+
+    @property
+    def scale(self) -> float | None:
+        """Of the adapters; None where there are none."""
+        return None if self.rank is None else self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerSection:
     """AdamW or Muon; the learning rate rises linearly and falls along a cosine."""
 
@@ -228,12 +251,17 @@ class Config:
     run: RunSection
     step: StepSection = StepSection()
     optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection = LoraSection()
     source: tuple[Source, ...] = ()
     phase: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.data.path is None) == (not self.source):
             raise ConfigError("give either data.path or a [[source]] for each of several files")
+        if self.lora.rank is not None and self.optimizer.freeze:
+            raise ConfigError("optimizer.freeze: with lora.rank all but the adapters is frozen")
+        if self.lora.rank is not None and self.model.path is None:
+            raise ConfigError("lora.rank needs a model.path: adapters stand beside trained weights")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ConfigError("two [[source]] have the same name")

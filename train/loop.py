@@ -24,7 +24,6 @@ from pangu_jax.text import markers
 from pangu_jax.text.tokenizer import Tokenizer
 from train import optimizer as optimizers
 from train import record as records
-from train import step as steps
 from train.checkpoints import Checkpoints, shapes
 from train.config import Config, Stage
 from train.data.mixture import Data, Reader
@@ -57,12 +56,11 @@ def train(config: Config, reader: Reader) -> int:
         data = Data(config, reader, tokenizer, home, folder.data)
         folder.check_inputs(config, model.config, data.digest)
         like, begin = _shapes(model), [recipe.start(model)]
-        folder.describe(model, begin[0].frozen, home)
+        folder.describe(config, model, begin[0].frozen, home)
         del model  # nobody holds on to the first weights: steps use them up, a restart drops them
         state, code = Run(config, folder, recipe, data, like).go(begin.pop())
         if code == 0:
-            weights = state.ema or state.trainable
-            _write_final(config, steps.merge(like, weights, state.frozen), folder.final)
+            _write_final(config, recipe.model(state), folder.final)
             progress.say(f"wrote {folder.final}")
         else:
             progress.say(
@@ -82,13 +80,15 @@ def tokenizer_folder(config: Config) -> Path:
 
 
 def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
-    """The model before the first step, in float32 and its layers stacked."""
+    """The model before the first step, its layers stacked; in float32, if it is to be trained."""
     section = config.model
     if section.path is not None:
+        # What is not trained need not be more than what it is multiplied in.
+        dtype = "float32" if config.lora.rank is None else config.step.compute
         with progress.reading() as advance:
-            model = pangu_jax.load(
-                section.path, "float32", section.layout, "stacked", progress=advance
-            )
+            model = pangu_jax.load(section.path, dtype, section.layout, "stacked", progress=advance)
+        if config.lora.base is not None:
+            model = pangu_jax.quantize(model, config.lora.base)
     else:
         preset = pangu_jax.preset(str(section.preset))
         ends = tokenizer.id(markers.of(tokenizer).turn_end)

@@ -15,7 +15,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pangu_jax import lora
 from pangu_jax import model as pangu
+from pangu_jax.adapted import Adapters
 from pangu_jax.cache import Meta
 from pangu_jax.linear import linear
 from pangu_jax.model import Pangu, Remat
@@ -97,6 +99,7 @@ def objective(
     wanted: Objective,
     count: Float[Array, ""] | None = None,
     share: float = 1.0,
+    adapters: Adapters | None = None,
 ) -> tuple[Float[Array, ""], Measures]:
     """cross-entropy + z_loss mean(logsumexp^2) + balance l_aux, and its parts.
 
@@ -106,6 +109,7 @@ def objective(
 
     count, share: where this is a part of a batch, the weights of all of it, and its part of it: the
         objectives of all parts add up to that of the batch
+    adapters: low-rank ones beside the model's matrices
     """
     where = model.layout
     rows = batch.tokens.shape[0]
@@ -114,18 +118,21 @@ def objective(
     of_all = batch.weights.sum() if count is None else count
     of_all = jnp.maximum(of_all, jnp.finfo(jnp.float32).tiny)
 
-    def local(model: Pangu, batch: Batch) -> tuple[Array, Array, Any]:
+    def local(model: Pangu, batch: Batch, adapters: Adapters | None) -> tuple[Array, Array, Any]:
         meta = Meta(batch.positions, batch.segments > 0, batch.segments)
         valid = boundary.spread(meta.valid.reshape(-1), where.stream, where)
         tap = functools.partial(_of_router, boundary.own(valid, where.stream, where), where)
         tap = tap if model.config.moge is not None else lambda x, routing: None
         tokens = batch.tokens.reshape(-1)
-        hidden, _, kept = pangu.tapped_forward(model, tokens, meta, None, tap, wanted.remat)
+        forward = functools.partial(pangu.tapped_forward, remat=wanted.remat, adapters=adapters)
+        hidden, _, kept = forward(model, tokens, meta, None, tap)
         sums = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
         router = jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept)
         return *sums, router
 
-    nats, squares, router = on_mesh(model, local, (where.rows,), PartitionSpec())(model, batch)
+    of_adapters = None if adapters is None else lora.specs(model, adapters)
+    run = on_mesh(model, local, (where.rows, of_adapters), PartitionSpec())
+    nats, squares, router = run(model, batch, adapters)
     nats, squares = nats / of_all, squares / of_all
     total, balance = nats + wanted.z_loss * squares, None
     if model.config.moge is not None:
@@ -145,7 +152,7 @@ def _of_router(valid: Array, where: Layout, x: Array, routing: Routing | None) -
     with jax.named_scope("router_statistics"):
         logs = jax.nn.log_softmax(routing.logits.astype(jnp.float32), axis=-1)
         logs = jnp.where(valid[:, None], logs, 0)
-        p = jnp.exp(logs) * valid[:, None]
+        p = jnp.where(valid[:, None], jnp.exp(logs), 0)
         chosen = jnp.where(valid[:, None], routing.experts, logs.shape[1]).reshape(-1)
         load = jnp.zeros(logs.shape[1], jnp.float32).at[chosen].add(1.0, mode="drop")
         found = (load, p.sum(0), -(p * logs).sum())

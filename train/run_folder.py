@@ -1,6 +1,7 @@
 """The folder of a run: claimed by one configuration, and known again by it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -83,7 +84,9 @@ class RunFolder:
                 "choose another run.output"
             )
 
-    def describe(self, model: Pangu, frozen: Mapping[str, Array], home: Path) -> None:
+    def describe(
+        self, config: Config, model: Pangu, frozen: Mapping[str, Array], home: Path
+    ) -> None:
         """Makes the folder one that `pangu_jax.load` opens: all that its checkpoints do not hold.
 
         frozen: leaves that are never trained
@@ -92,12 +95,21 @@ class RunFolder:
         for file in (home / name for name in COMPANIONS):
             if file.is_file() and not (self.path / file.name).exists():
                 files.write(self.path / file.name, file.read_bytes())
+        if config.lora.scale is not None:
+            base = native.Base(
+                str(Path(str(config.model.path)).absolute()),
+                config.lora.rank or 0,
+                config.lora.scale,
+                config.lora.targets,
+                config.lora.base,
+            )
+            files.write(self.path / native.BASE, json.dumps(dataclasses.asdict(base)).encode())
         still = (self.path / native.FROZEN).absolute()
-        if frozen and not still.exists():
+        if frozen and config.lora.scale is None and not still.exists():
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
                 writer.save(still, args=ocp.args.StandardSave(dict(frozen)))
-        config = hf_config.to_hf(model.config, model.config.dtype, json.loads(model.origin.config))
-        files.write(self.path / "config.json", json.dumps(config, indent=2).encode())
+        said = hf_config.to_hf(model.config, model.config.dtype, json.loads(model.origin.config))
+        files.write(self.path / "config.json", json.dumps(said, indent=2).encode())
 
     def _check_same(self, config: Config) -> None:
         table = strict.read_toml(self.path / CONFIG)

@@ -6,6 +6,7 @@ model's own numbers: what a layout pads or repeats is made anew in every step, s
 moments and checkpoints know nothing of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pangu_jax import build
+from pangu_jax import build, lora
 from pangu_jax.model import Pangu
 from pangu_jax.pytree import pytree
 from pangu_jax.quant import leaves
@@ -84,9 +85,10 @@ def start(
     optimizer: optax.GradientTransformation,
     frozen: Callable[[str], bool],
     ema: bool = False,
+    adapters: Leaves | None = None,
 ) -> State:
     """The state before the first step, placed as every step returns it: a step compiles once."""
-    state = begin(model, optimizer, frozen, ema)
+    state = begin(model, optimizer, frozen, ema, adapters)
     return jax.device_put(state, places(model, state))
 
 
@@ -95,9 +97,15 @@ def begin(
     optimizer: optax.GradientTransformation,
     frozen: Callable[[str], bool],
     ema: bool = False,
+    adapters: Leaves | None = None,
 ) -> State:
-    """The state before the first step, wherever it lies."""
+    """The state before the first step, wherever it lies.
+
+    adapters: what is trained in place of the model's weights (lora.init)
+    """
     trainable, still = split(model, frozen)
+    if adapters is not None:
+        trainable, still = adapters, {**trainable, **still}
     mean = jax.tree.map(jnp.copy, trainable) if ema else {}
     none = lambda: jnp.zeros((), jnp.int32)
     return State(none(), none(), trainable, still, optimizer.init(trainable), mean)
@@ -110,6 +118,7 @@ def make(
     dtype: DTypeLike = jnp.float32,
     parts: int = 1,
     ema: float | None = None,
+    adapt: float | None = None,
 ) -> Step:
     """A step for `jax.jit`; its state may be donated.
 
@@ -117,16 +126,21 @@ def make(
     dtype: of the products; weights, gradients' sums and the optimizer are float32
     parts: of a batch, one after the other; each has as many rows as the others, or padding
     ema: decay of the running mean in `State.ema`, which a state begun with one has
+    adapt: the scale of adapters, where they are what is trained
     """
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         lower, still = (_cast(own, jnp.dtype(dtype)) for own in (state.trainable, state.frozen))
-        count = batch.weights.sum()
+        of_model = functools.partial(
+            objectives.objective, wanted=wanted, count=batch.weights.sum(), share=1 / parts
+        )
 
         def of_part(lower: Leaves, part: Batch) -> tuple[Array, Measures]:
-            model = merge(like, lower, still)
-            return objectives.objective(model, part, wanted, count, 1 / parts)
+            if adapt is None:
+                return of_model(merge(like, lower, still), part, adapters=None)
+            adapters = lora.held(like, lower, adapt)
+            return of_model(merge(like, {}, still), part, adapters=adapters)
 
         gradients = jax.value_and_grad(of_part, has_aux=True)
         whole = lambda leaves: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), leaves)
@@ -188,7 +202,8 @@ def _cut(batch: Batch, parts: int, like: Pangu, number: Any) -> Batch:
 
 def places(like: Pangu, state: State) -> Any:
     """Where everything of a state lies: moments with their weights, the rest on every device."""
-    of_weights, everywhere = build.places(like), NamedSharding(like.mesh, PartitionSpec())
+    of_weights: dict = build.places(like) | lora.places(like, state.trainable)
+    everywhere = NamedSharding(like.mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         name = next((str(key.key) for key in path if isinstance(key, DictKey)), "")

@@ -89,7 +89,9 @@ def load(
     origin = Origin(remembered, companions(folder), folder.absolute())
     if native.is_run(folder):
         of = functools.partial(build.abstract, config, dtype=dtype, where=layout, origin=origin)
-        return build.convert(native.fill(folder, of(form="stacked")), of(form=form).form)
+        base = functools.partial(load, dtype=dtype, layout=layout, form="stacked")
+        loaded = native.load(folder, lambda: of(form="stacked"), base)
+        return build.convert(loaded, of(form=form).form)
     tensors = Folder(folder)
     said = read_description(tensors, raw, config)
     parts = check_tensors(config, tensors, said)

@@ -2,6 +2,7 @@
 
     config.json, tokenizer files    as in any model folder
     frozen/                         leaves that are never trained, once
+    base.json                       of adapters: the model beside which they are trained
     checkpoints/STEP/state          what training changes; `trainable` holds leaves by name
     checkpoints/STEP/sums           check sums of all of it
     final/                          when it is finished: a Hugging Face folder
@@ -9,7 +10,9 @@
 `load` opens it as it opens any folder, at any time: the final model, else the newest checkpoint.
 """
 
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from pangu_jax import build, strict
+from pangu_jax import build, lora, strict
 from pangu_jax.errors import CheckpointError, ConfigError
 from pangu_jax.model import Pangu
 
 CHECKPOINTS, FINAL, FROZEN = "checkpoints", "final", "frozen"
-STATE, SUMS = "state", "sums"
+STATE, SUMS, BASE = "state", "sums", "base.json"
 
 # What Orbax raises for files that are damaged or cannot be written.
 FAILURES = (ValueError, KeyError, TypeError, AttributeError, OSError)
@@ -47,20 +50,50 @@ def home(folder: Path) -> Path:
     return final if is_run(folder) and final.is_dir() else folder
 
 
-def fill(folder: Path, model: Pangu) -> Pangu:
-    """An abstract model of stacked layers, as runs have, with the weights of a run's newest
-    checkpoint and its frozen ones.
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What the adapters of a run stand beside: the model of a folder, in few bits where `quantize`
+    names a recipe.
+    """
+
+    path: str
+    rank: int
+    scale: float
+    targets: tuple[str, ...] = ()
+    quantize: str | None = None
+
+
+def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str], Pangu]) -> Pangu:
+    """The model of a run's newest checkpoint.
+
+    abstract: the model of its config.json, in stacked form
+    load_base: the model of another folder, in stacked form
 
     Raises CheckpointError.
     """
-    step = newest(folder)
-    state, held = folder / CHECKPOINTS / str(step) / STATE, dict(build.named_leaves(model))
-    places, shapes = build.places(model), build.own_shapes(model)
-    of_run = lambda names: {
-        name: jax.ShapeDtypeStruct(shapes[name], jnp.float32, sharding=places[name])
-        for name in names
-    }
+    state = folder / CHECKPOINTS / str(newest(folder)) / STATE
     trained = _names(state.parent)
+    if not (folder / BASE).exists():
+        return _fill(folder, state, trained, abstract())
+    try:
+        base = strict.build(Base, strict.read_json_object(folder / BASE), str(folder / BASE))
+        model = load_base(base.path)
+        if base.quantize is not None:
+            model = build.quantize(model, base.quantize)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    like = jax.eval_shape(lambda: lora.init(model, base.rank, base.targets, jax.random.key(0)))
+    if set(like) != trained:
+        raise CheckpointError(f"{state}: not the adapters that {folder / BASE} speaks of")
+    places = lora.places(model, like)
+    wanted = {name: _wanted(leaf.shape, places[name]) for name, leaf in like.items()}
+    return lora.merge(model, _restore(state, {"trainable": wanted})["trainable"], base.scale)
+
+
+def _fill(folder: Path, state: Path, trained: set[str], model: Pangu) -> Pangu:
+    held = dict(build.named_leaves(model))
+    places, shapes = build.places(model), build.own_shapes(model)
+    of_run = lambda names: {name: _wanted(shapes[name], places[name]) for name in names}
     if unknown := sorted(trained - set(held)):
         raise CheckpointError(f"{state}: {unknown[0]} is no leaf of this model")
     own = _restore(state, {"trainable": of_run(sorted(trained))})["trainable"]
@@ -68,6 +101,10 @@ def fill(folder: Path, model: Pangu) -> Pangu:
         own |= _restore(folder / FROZEN, of_run(rest))
     whole = build.with_weights(model, {n: x.astype(held[n].dtype) for n, x in own.items()})
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.format), whole, model)
+
+
+def _wanted(shape: tuple[int, ...], place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
 
 
 def _names(folder: Path) -> set[str]:
