@@ -117,13 +117,13 @@ def _changing(state: State) -> dict[str, Any]:
     }
 
 
+@jax.jit
 def _sums(changing: Any) -> dict[str, Array]:
     """A check sum of every array, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(changing)
     return {jax.tree_util.keystr(path): _sum(leaf) for path, leaf in leaves}
 
 
-@jax.jit
 def _sum(leaf: Array) -> UInt32[Array, ""]:
     """The bits of all numbers, each times an odd number of its own place, modulo 2^32: the same
     however the array is spread over devices (own choice).

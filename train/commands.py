@@ -66,6 +66,14 @@ class Plan(Run):
 
 
 @dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw the metrics of a run, also while it is going on: loss, rates, speed, and its routers."""
+
+    run: str = positional("folder of a run (run.output)", "RUN")
+    output: str | None = flag(".png or .svg (else RUN/loss.png)", None, metavar="FILE")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tasks:
     """Write problems with worked steps and one exact answer: train.jsonl and held-out.jsonl.
 
@@ -114,6 +122,7 @@ COMMANDS = {
     "bench": Bench,
     "demo": Demo,
     "plan": Plan,
+    "plot": Plot,
     "pretrain": Pretrain,
     "sft": Sft,
     "tasks": Tasks,
@@ -123,6 +132,7 @@ HANDLERS = {
     "Bench": "train.bench:run",
     "Demo": "train.demo:run",
     "Plan": "train.plan:run",
+    "Plot": "train.record:run",
     "Pretrain": "train.pretrain:run",
     "Sft": "train.sft:run",
     "Tasks": "train.tasks.files:run",

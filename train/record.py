@@ -14,16 +14,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer import files
+from infer import files, plots, progress
 from pangu_jax import strict
 from pangu_jax.errors import ConfigError, InputError, PanguError
+from train.commands import Plot
 from train.config import SPIKE_WINDOW
-from train.run_folder import RunFolder
+from train.run_folder import METRICS, PICTURE, RunFolder
 from train.step import Metrics
 
 # Losses are shown as they are and averaged over this part of the run (own choice).
 SMOOTHED = 50
 DRAWN = 4000  # points at most
+
+# What is drawn below the loss: what an axis says, and by metric the colour and name of a line.
+PANEL_OF_NORM = ("norm of the\ngradients", {"grad_norm": ("tab:green", "")})
+PANEL_OF_SPEED = ("tokens/s", {"tokens_per_s": ("tab:orange", "")})
+PANEL_OF_EXPERTS = (
+    "load of experts,\nto the mean",
+    {"load_max": ("tab:red", "the fullest"), "load_spread": ("tab:purple", "spread")},
+)
 
 
 class TrainingError(PanguError):
@@ -224,31 +233,65 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def run(command: Plot) -> int:
+    """The `plot` command."""
+    folder = Path(command.run)
+    metrics = folder / METRICS
+    if not metrics.is_file():
+        raise InputError(f"{metrics}: no such file; is {folder} the folder of a run?")
+    target = Path(command.output or folder / PICTURE)
+    plots.check(target, "plot")
+    plots.save(plot(metrics), target)
+    progress.say(f"wrote {target}")
+    return 0
+
+
 def plot(path: Path) -> Any:
-    """A matplotlib figure of the loss and the learning rate in a metrics.jsonl."""
+    """A matplotlib figure of a metrics.jsonl: loss and learning rate, norm of the gradients, speed
+    and, where there are experts, their loads.
+
+    Raises ConfigError for a file without any step.
+    """
     from matplotlib.figure import Figure
 
     lines = read(path)
-    steps, losses, rates = (
-        np.array([line[name] for line in lines]) for name in ("step", "loss", "learning_rate")
-    )
-    window = max(1, len(losses) // SMOOTHED)
-    sums = np.concatenate([np.zeros(1), np.cumsum(losses)])
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - window, 0)
-    means = (sums[ends] - sums[starts]) / (ends - starts)
-    shown = slice(None, None, -(-len(losses) // DRAWN))
-    steps, losses, means, rates = (x[shown] for x in (steps, losses, means, rates))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="lightsteelblue", linewidth=0.7, label="loss of each step")
-    axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy, nats per token")
-    axes.set_yscale("log")
-    right = axes.twinx()
-    right.plot(steps, rates, color="tab:gray", linestyle=":", label="learning rate")
+    if not lines:
+        raise ConfigError(f"{path}: no step yet")
+    every = slice(None, None, -(-len(lines) // DRAWN))
+    column = lambda name: np.array([line.get(name, math.nan) for line in lines])
+    steps, window = column("step"), max(1, len(lines) // SMOOTHED)
+    panels = [PANEL_OF_NORM, PANEL_OF_SPEED]
+    panels += [PANEL_OF_EXPERTS] if "load_max" in lines[-1] else []
+    figure = Figure(figsize=(7, 3 + 1.6 * len(panels)), layout="constrained")
+    ratios = [2.0] + [1.0] * len(panels)
+    loss, *others = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
+    draw = lambda axes, values, **style: axes.plot(steps[every], values[every], **style)
+    draw(loss, column("loss"), color="lightsteelblue", linewidth=0.7, label="loss of each step")
+    if window > 1:
+        mean = f"mean of {window} steps"
+        draw(loss, _smoothed(column("loss"), window), color="tab:blue", label=mean)
+    loss.set_ylabel("cross-entropy,\nnats per token")
+    loss.set_yscale("log")
+    right = loss.twinx()
+    draw(right, column("learning_rate"), color="tab:gray", linestyle=":", label="learning rate")
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    for axes, (label, names) in zip(others, panels, strict=True):
+        for name, (color, legend) in names.items():
+            draw(axes, _smoothed(column(name), window), color=color, label=legend)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize="small")
+    (others[-1] if others else loss).set_xlabel("step")
+    handles = [*loss.get_lines(), *right.get_lines()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` values at every place."""
+    sums = np.concatenate([np.zeros(1), np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)

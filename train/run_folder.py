@@ -21,6 +21,7 @@ from train import config as configs
 from train.config import Config
 
 CONFIG, INPUTS, LOCK = "config.toml", "inputs.sha256", ".lock"
+METRICS, PICTURE = "metrics.jsonl", "loss.png"
 
 
 class RunFolder:
@@ -30,8 +31,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.plot = path / "loss.png"
+        self.metrics = path / METRICS
+        self.plot = path / PICTURE
         self.data = path / "data"
         self.router = path / "router.jsonl"
         self.tensorboard = path / "tensorboard"

@@ -1,20 +1,34 @@
-"""One step: pure, frozen leaves frozen, and it learns."""
+"""One step: pure, frozen leaves frozen, in parts or whole, in bfloat16 or not; and it learns."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.typing import DTypeLike
 
 import pangu_jax
 from pangu_jax import build
 from pangu_jax.model import Pangu
+from tests import layouts
+from tests.train import batches
 from train import step as steps
-from train.objectives import Batch
-from train.packing import Example, pack
-from train.step import State
+from train.data.examples import Example
+from train.objectives import Batch, Objective
+from train.step import Metrics, State, Step
+
+WEIGHTED = Objective(z_loss=0.1, balance=20.0)
+
+# Its state is the gradients it was given, and the weights stay.
+SPY = optax.GradientTransformation(
+    lambda leaves: jax.tree.map(jnp.zeros_like, leaves),
+    lambda grads, state, leaves: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +40,23 @@ def model() -> Pangu:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    rng = np.random.default_rng(0)
-    examples = [
-        Example(rng.integers(3, 900, 20).astype(np.int32), np.ones(20, bool)) for _ in range(6)
-    ]
-    return pack(examples, 40).batch(np.arange(3))
+    return batches.packed(batches.examples([20] * 6), 40)
 
 
-def run(model: Pangu, batch: Batch, frozen, count: int) -> tuple[State, State, list[float]]:
-    optimizer = optax.adamw(1e-2)
-    step = jax.jit(steps.make(model, optimizer))
-    first = state = steps.start(model, optimizer, frozen)
+@pytest.fixture(scope="module")
+def step(model: Pangu) -> Step:
+    """Of AdamW, compiled."""
+    return jax.jit(steps.make(model, optax.adamw(1e-2)))
+
+
+def nothing(name: str) -> bool:
+    return False
+
+
+def run(
+    step: Step, model: Pangu, batch: Batch, frozen: Callable[[str], bool], count: int
+) -> tuple[State, State, list[float]]:
+    first = state = steps.start(model, optax.adamw(1e-2), frozen)
     losses = []
     for _ in range(count):
         state, metrics = step(state, batch)
@@ -60,20 +80,23 @@ def test_integers_are_frozen(model: Pangu) -> None:
     quantised = build.fill(
         whole, lambda name, leaf: leaf.astype(jnp.int8) if name == "embed" else leaf
     )
-    _, frozen = steps.split(quantised, lambda name: False)
+    _, frozen = steps.split(quantised, nothing)
     assert set(frozen) == {"embed"}
 
 
-def test_a_memorisable_batch_is_memorised(model: Pangu, batch: Batch) -> None:
-    _, state, losses = run(model, batch, lambda name: False, 60)
+def test_a_memorisable_batch_is_memorised(step: Step, model: Pangu, batch: Batch) -> None:
+    _, state, losses = run(step, model, batch, nothing, 60)
     assert losses[0] == pytest.approx(np.log(1024), rel=0.2)
     assert losses[-1] < 0.5
     assert int(state.step) == 60
+    assert int(state.skipped) == 0
 
 
-def test_frozen_leaves_stay_and_have_no_optimizer_state(model: Pangu, batch: Batch) -> None:
+def test_frozen_leaves_stay_and_have_no_optimizer_state(
+    step: Step, model: Pangu, batch: Batch
+) -> None:
     frozen = lambda name: name.startswith("blocks") and "norm" not in name
-    first, state, losses = run(model, batch, frozen, 3)
+    first, state, losses = run(step, model, batch, frozen, 3)
     assert state.frozen
     for name, leaf in state.frozen.items():
         np.testing.assert_array_equal(leaf, first.frozen[name])
@@ -90,17 +113,17 @@ def test_frozen_leaves_stay_and_have_no_optimizer_state(model: Pangu, batch: Bat
 def test_a_step_compiles_once(model: Pangu, batch: Batch) -> None:
     optimizer = optax.adamw(1e-3)
     step = jax.jit(steps.make(model, optimizer))
-    state = steps.start(model, optimizer, lambda name: False)
+    state = steps.start(model, optimizer, nothing)
     for _ in range(3):
         state, _ = step(state, batch)
     assert step._cache_size() == 1
 
 
-def test_a_step_is_a_function(model: Pangu, batch: Batch) -> None:
+def test_a_step_is_a_function(step: Step, model: Pangu, batch: Batch) -> None:
     """The same bits from the same arguments, which it leaves as they were."""
     before = [np.array(leaf) for leaf in jax.tree.leaves(model)]
-    _, one, losses = run(model, batch, lambda name: False, 2)
-    _, two, again = run(model, batch, lambda name: False, 2)
+    _, one, losses = run(step, model, batch, nothing, 2)
+    _, two, again = run(step, model, batch, nothing, 2)
     assert losses == again
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -111,7 +134,7 @@ def test_a_step_is_a_function(model: Pangu, batch: Batch) -> None:
 def test_the_gradient_norm_is_that_of_all_gradients(model: Pangu, batch: Batch) -> None:
     """Against central differences along the gradient: d loss / d t = |g| for a step t g / |g|."""
     optimizer = optax.sgd(1.0)
-    state = steps.start(model, optimizer, lambda name: False)
+    state = steps.start(model, optimizer, nothing)
     step = jax.jit(steps.make(model, optimizer))
     after, metrics = step(state, batch)
     gradient = {n: state.trainable[n] - after.trainable[n] for n in state.trainable}
@@ -121,3 +144,181 @@ def test_the_gradient_norm_is_that_of_all_gradients(model: Pangu, batch: Batch) 
         shifted = {n: x + t / size * gradient[n] for n, x in state.trainable.items()}
         moved.append(float(step(dataclasses.replace(state, trainable=shifted), batch)[1].loss))
     assert (moved[1] - moved[0]) / 2e-2 == pytest.approx(size, rel=0.02)
+    squares = sum((np.asarray(x, np.float64) ** 2).sum() for x in after.trainable.values())
+    assert float(metrics.weight_norm) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_the_running_mean_is_numpys(step: Step, model: Pangu, batch: Batch) -> None:
+    """It begins with the weights, and is no part of what is learnt."""
+    optimizer = optax.adamw(1e-2)
+    state = steps.start(model, optimizer, nothing, ema=True)
+    assert set(state.ema) == set(state.trainable)
+    mean = {name: np.asarray(leaf, np.float64) for name, leaf in state.trainable.items()}
+    averaging = jax.jit(steps.make(model, optimizer, ema=0.7))
+    for _ in range(4):
+        state, _ = averaging(state, batch)
+        mean = {n: 0.7 * x + 0.3 * np.asarray(state.trainable[n]) for n, x in mean.items()}
+    for name, leaf in mean.items():
+        assert state.ema[name].dtype == jnp.float32
+        np.testing.assert_allclose(state.ema[name], leaf, rtol=0, atol=1e-6, err_msg=name)
+        assert np.abs(leaf - np.asarray(state.trainable[name])).max() > 1e-3
+    _, without, _ = run(step, model, batch, nothing, 4)
+    assert without.ema == {}
+    for name, leaf in without.trainable.items():
+        np.testing.assert_array_equal(leaf, state.trainable[name])
+
+
+# --- parts of a batch
+
+# No multiple of 2 or 3, and none as long as the others.
+SEVERAL = (9, 4, 12, 2, 7)
+
+
+@functools.cache
+def moge() -> Pangu:
+    like = layouts.abstract(layouts.MOGE)
+    own = layouts.lively(layouts.init(layouts.MOGE))
+    return build.with_weights(like, jax.device_put(own, build.places(like)))
+
+
+def several() -> list[Example]:
+    return batches.examples(SEVERAL, vocab=97, learnt=0.7)
+
+
+@functools.cache
+def in_parts(parts: int, dtype: DTypeLike = "float32") -> tuple[dict[str, Any], Metrics]:
+    """Gradients and metrics of a step whose rows are an example each."""
+    step = jax.jit(steps.make(moge(), SPY, WEIGHTED, dtype, parts))
+    state, metrics = step(steps.start(moge(), SPY, nothing), batches.alone(several(), 12))
+    return state.optimizer, metrics
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_have_the_loss_of_the_whole(parts: int) -> None:
+    """Cross-entropy and z-loss are means of all targets, not of the parts' means."""
+    _, whole = in_parts(1)
+    _, metrics = in_parts(parts)
+    np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.z, whole.z, rtol=1e-5)
+    np.testing.assert_array_equal(metrics.router.load, whole.router.load)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_balance_is_the_mean_of_the_parts(parts: int) -> None:
+    """In float64 NumPy, of rows 0, n, 2n, ..., of 1, n + 1, ..."""
+    rows = batches.alone(several(), 12)
+    seen = pangu_jax.trace(moge(), rows.tokens)
+    routed = (np.asarray(seen.router_logits), np.asarray(seen.experts))
+    found = []
+    for part in range(parts):
+        cut = lambda x, part=part: x[part::parts]
+        one = jax.tree.map(cut, rows)
+        found.append(batches.of_router(*(x[:, part::parts] for x in routed), one))
+    _, metrics = in_parts(parts)
+    balances = [balance for balance, _, _ in found]
+    np.testing.assert_allclose(metrics.balance, np.mean(balances), rtol=1e-5)
+    assert max(balances) == min(balances) or parts > 1
+    np.testing.assert_array_equal(metrics.router.load, sum(load for _, load, _ in found))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_gradients_of_parts_are_those_of_a_naive_formula(parts: int) -> None:
+    """Each leaf to 1e-5 of its largest number; and the norm is that of all."""
+    rows = batches.alone(several(), 12)
+    own, like = build.weights(moge()), layouts.abstract(layouts.MOGE)
+
+    def naive(own: dict[str, Any]) -> Any:
+        model = build.with_weights(like, own)
+        return batches.naive(model, rows, WEIGHTED.z_loss, WEIGHTED.balance, parts)
+
+    exact = jax.jit(jax.grad(naive))(own)
+    grads, metrics = in_parts(parts)
+    layouts.close_leaves(grads, exact)
+    squares = sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in exact.values())
+    assert float(metrics.grad_norm) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_more_parts_than_rows(model: Pangu, batch: Batch) -> None:
+    """The others are nothing but padding."""
+    found = []
+    for parts in (1, 5):
+        step = jax.jit(steps.make(model, SPY, Objective(z_loss=0.1), parts=parts))
+        found.append(step(steps.start(model, SPY, nothing), batch))
+    (one, whole), (other, metrics) = found
+    assert len(batch.tokens) == 3
+    np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.z, whole.z, rtol=1e-5)
+    layouts.close_leaves(other.optimizer, one.optimizer)
+
+
+# --- bfloat16
+
+
+def test_products_are_of_bfloat16_and_masters_are_not() -> None:
+    """All products of a step, forward and backward; sums of them and the state stay float32."""
+    optimizer = optax.adamw(1e-3)
+    state = steps.start(moge(), optimizer, nothing, ema=True)
+    step = steps.make(moge(), optimizer, WEIGHTED, "bfloat16", 2, 0.9)
+    program = jax.make_jaxpr(step, return_shape=True)
+    jaxpr, (after, metrics) = program(state, batches.alone(several(), 12))
+    kinds = [
+        {str(operand.aval.dtype) for operand in equation.invars}
+        for equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(kinds) > 10
+    assert all("bfloat16" in kind for kind in kinds), kinds
+    for held in (after.trainable, after.ema, after.optimizer, metrics):
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(held)}
+        assert kinds <= {"float32", "int32"}
+
+
+def test_bfloat16_has_about_the_loss_and_the_gradients() -> None:
+    exact, whole = in_parts(1)
+    grads, metrics = in_parts(1, "bfloat16")
+    np.testing.assert_allclose(metrics.loss, whole.loss, rtol=0.01)
+    np.testing.assert_allclose(metrics.z, whole.z, rtol=0.01)
+    assert float(metrics.loss) != float(whole.loss)
+    flat = lambda leaves: np.concatenate([np.asarray(leaves[n]).ravel() for n in sorted(exact)])
+    one, other = flat(exact), flat(grads)
+    assert other.dtype == np.float32
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.98
+
+
+def test_masters_move_by_less_than_bfloat16_shows() -> None:
+    """Steps of 1e-5 add up: after 4 of them most weights are still the same bfloat16."""
+    optimizer = optax.adam(1e-5)
+    step = jax.jit(steps.make(moge(), optimizer, dtype="bfloat16"))
+    state = steps.start(moge(), optimizer, nothing)
+    rows = batches.alone(several(), 12)
+    before = {name: np.array(leaf) for name, leaf in state.trainable.items()}
+    for _ in range(4):
+        state, _ = step(state, rows)
+    for name in ("blocks.0.attention.out", "blocks.0.mlp.shared.down", "norm.weight"):
+        old, new = before[name], np.asarray(state.trainable[name])
+        assert new.dtype == np.float32
+        assert np.median(np.abs(new - old)) == pytest.approx(4e-5, rel=0.1)
+        assert np.mean(old.astype(jnp.bfloat16) == new.astype(jnp.bfloat16)) > 0.9
+
+
+def test_what_is_frozen_is_multiplied_in_bfloat16_and_stays() -> None:
+    """The loss is that of the model with all of its weights rounded."""
+    frozen = lambda name: "mlp" in name
+    rows = batches.alone(several(), 12)
+    state = steps.start(moge(), SPY, frozen)
+    after, metrics = jax.jit(steps.make(moge(), SPY, dtype="bfloat16"))(state, rows)
+    for name, leaf in after.frozen.items():
+        np.testing.assert_array_equal(leaf, state.frozen[name])
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), moge())
+    nats, _ = batches.of_targets(np.asarray(low(rows.tokens)), rows)
+    np.testing.assert_allclose(metrics.loss, nats, rtol=1e-3)
+
+
+def equations(jaxpr: Any) -> Any:
+    """Of a program and of the programs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

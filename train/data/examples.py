@@ -116,12 +116,14 @@ def _learnt(messages: tuple[dict, ...], learn: Learn) -> tuple[bool, ...]:
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     found = []
     for i, message in enumerate(messages):
-        own = message.get("learn", learn != "last" or i == said[-1]) if i in said else None
-        if own is not None and not isinstance(own, bool):
+        own = message.get("learn") if i in said else False
+        if own is None:  # as where there is none: in a table every message has every field
+            own = learn != "last" or i == said[-1]
+        if not isinstance(own, bool):
             raise InputError(
                 f"message {i + 1}: learn must be true or false, not {strict.describe(own)}"
             )
-        found.append(bool(own))
+        found.append(own)
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ class Packed:
     """Which pieces lie in which row: row r holds `members[starts[r] : starts[r + 1]]`, in order."""
 
     members: Int[np.ndarray, " P"]
-    starts: Int[np.ndarray, " R+1"]
+    starts: Int[np.ndarray, " Q"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1

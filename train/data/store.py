@@ -95,7 +95,7 @@ def of(
     if not state.whole:
         folder.mkdir(parents=True, exist_ok=True)
         _make(folder, source, encode, state, bad, advance)
-    mapped = {name: _map(folder / name, kind) for name, kind in KINDS.items()}
+    mapped = {name: _map(folder / name, kind, state.sizes[name]) for name, kind in KINDS.items()}
     return Store(mapped[TOKENS], mapped[LEARN], mapped[ENDS], state.skipped, state.digest)
 
 
@@ -108,9 +108,18 @@ def _found(folder: Path, made_of: dict[str, Any]) -> State:
         state = strict.build(State, strict.read_json_object(path), str(path))
     except ConfigError:
         return State(made_of)
-    lengths = {name: _length(folder / name) for name in state.sizes}
-    short = any(lengths[name] < size for name, size in state.sizes.items())
-    return State(made_of) if short or state.made_of != made_of else state
+    return state if state.made_of == made_of and _sound(folder, state) else State(made_of)
+
+
+def _sound(folder: Path, state: State) -> bool:
+    """Whether a state is one of ours, and all that it counts is there."""
+    numbers = (*state.sizes.values(), *state.following)
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and len(state.following) == len(records.BEGIN)
+        and set(state.sizes) == {*KINDS, SKIPPED}
+        and all(_length(folder / name) >= size for name, size in state.sizes.items())
+    )
 
 
 def _make(
@@ -121,6 +130,8 @@ def _make(
     bad: BadRecords,
     advance: Callable[[], None],
 ) -> None:
+    if not state.sizes:  # what another one counted is about to be written over
+        (folder / STATE).unlink(missing_ok=True)
     opened = {name: _open_at(folder / name, state.sizes.get(name, 0)) for name in (*KINDS, SKIPPED)}
     end, since = state.sizes.get(TOKENS, 0) // KINDS[TOKENS].itemsize, time.monotonic()
     try:
@@ -175,7 +186,7 @@ def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _map(path: Path, kind: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:  # nothing cannot be mapped
+def _map(path: Path, kind: np.dtype, size: int) -> np.ndarray:
+    if size == 0:  # nothing cannot be mapped
         return np.zeros(0, kind)
-    return np.memmap(path, kind, "r")
+    return np.memmap(path, kind, "r", shape=(size // kind.itemsize,))
