@@ -6,6 +6,7 @@ bits as a run that was never stopped: the data of a step depend on its number an
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import numpy as np
 
 import pangu_jax
 from infer import door, loading, plots, progress
+from pangu_jax.checkpoint import save
 from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import configs_folder
-from pangu_jax.errors import InputError
+from pangu_jax.errors import CheckpointError, InputError
 from pangu_jax.model import Pangu
 from pangu_jax.text import markers
 from pangu_jax.text.tokenizer import Tokenizer
@@ -55,19 +57,31 @@ def train(config: Config, reader: Reader) -> int:
     with folder.claimed(config):
         data = Data(config, reader, tokenizer, home, folder.data)
         folder.check_inputs(config, model.config, data.digest)
-        like, begin = _shapes(model), [recipe.start(model)]
+        like, begin, said = _shapes(model), [recipe.start(model)], _unpublished(model)
+        if said is not None:
+            progress.say(f"{said}: there will be no {folder.final}; {folder.path} opens as a model")
         folder.describe(config, model, begin[0].frozen, home)
         del model  # nobody holds on to the first weights: steps use them up, a restart drops them
         state, code = Run(config, folder, recipe, data, like).go(begin.pop())
         if code == 0:
-            _write_final(config, recipe.model(state), folder.final)
-            progress.say(f"wrote {folder.final}")
+            if said is None:
+                _write_final(config, recipe.model(state), folder.final)
+            progress.say(f"wrote {folder.path if said else folder.final}")
         else:
             progress.say(
                 f"stopped after step {int(state.step)}; the same command goes on from there"
             )
         plots.try_save(lambda: records.plot(folder.metrics), folder.plot)
     return code
+
+
+def _unpublished(model: Pangu) -> str | None:
+    """Why the model cannot become a Hugging Face folder, if it cannot."""
+    try:
+        save.check_expressible(model.config, json.loads(model.origin.config))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def tokenizer_folder(config: Config) -> Path:

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from infer import files
 from pangu_jax import strict
-from pangu_jax.checkpoint import hf_config, native
+from pangu_jax.checkpoint import native
 from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
@@ -109,8 +109,7 @@ class RunFolder:
         if frozen and config.lora.scale is None and not still.exists():
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
                 writer.save(still, args=ocp.args.StandardSave(dict(frozen)))
-        said = hf_config.to_hf(model.config, model.config.dtype, json.loads(model.origin.config))
-        files.write(self.path / "config.json", json.dumps(said, indent=2).encode())
+        native.write_config(self.path, model)
 
     def _check_same(self, config: Config) -> None:
         table = strict.read_toml(self.path / CONFIG)

@@ -113,6 +113,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         name = strict.shorten(str(folder), quote=False, limit=300)
         raise CheckpointError(f"{name}: {what}; expected a Hugging Face model folder")
+    if native.is_run(folder):
+        return native.read_config(folder)
     file = folder / "config.json"
     try:
         raw = strict.read_json_object(file)

@@ -1,6 +1,7 @@
-"""The folder of a training run as a model: a Hugging Face folder whose weights are Orbax's.
+"""The folder of a training run as a model: a model folder whose weights are Orbax's.
 
-    config.json, tokenizer files    as in any model folder
+    model.json                      the model's configuration, in our own words
+    tokenizer files                 as in any model folder
     frozen/                         leaves that are never trained, once
     base.json                       of adapters: the model beside which they are trained
     checkpoints/STEP/state          what training changes; `trainable` holds leaves by name
@@ -11,6 +12,7 @@
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,24 +23,41 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from pangu_jax import build, lora, strict
+from pangu_jax.config import ModelConfig
 from pangu_jax.errors import CheckpointError, ConfigError
 from pangu_jax.model import Pangu
 
 CHECKPOINTS, FINAL, FROZEN = "checkpoints", "final", "frozen"
-STATE, SUMS, BASE = "state", "sums", "base.json"
+STATE, SUMS, BASE, MODEL = "state", "sums", "base.json", "model.json"
 
 # What Orbax raises for files that are damaged or cannot be written.
 FAILURES = (ValueError, KeyError, TypeError, AttributeError, OSError)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it has a configuration, and checkpoints for weights."""
-    return (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors"))
+    """Whether a folder is a run's."""
+    return (folder / MODEL).is_file()
+
+
+def write_config(folder: Path, model: Pangu) -> None:
+    """Says what model a run's folder is of. Raises OSError."""
+    said = {"config": dataclasses.asdict(model.config), "published": model.origin.config}
+    (folder / MODEL).write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration, and the config.json it once came from. Raises CheckpointError."""
+    file = folder / MODEL
+    try:
+        said = strict.build(Said, strict.read_json_object(file), str(file))
+        return said.config, strict.parse_json_object(said.published, str(file))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def newest(folder: Path) -> int:
     """The step of a run's newest checkpoint. Raises CheckpointError where there is none."""
-    steps = [int(each.name) for each in (folder / CHECKPOINTS).iterdir() if each.name.isdecimal()]
+    steps = [int(each.name) for each in (folder / CHECKPOINTS).glob("*") if each.name.isdecimal()]
     if not steps:
         raise CheckpointError(f"{folder}: the run has no checkpoint yet (see run.save_every)")
     return max(steps)
@@ -48,6 +67,14 @@ def home(folder: Path) -> Path:
     """Where the model of a folder lies: of a finished run in `final`, else in itself."""
     final = folder / FINAL
     return final if is_run(folder) and final.is_dir() else folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What model.json holds."""
+
+    config: ModelConfig
+    published: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +93,7 @@ class Base:
 def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str], Pangu]) -> Pangu:
     """The model of a run's newest checkpoint.
 
-    abstract: the model of its config.json, in stacked form
+    abstract: the model of its configuration, in stacked form
     load_base: the model of another folder, in stacked form
 
     Raises CheckpointError.

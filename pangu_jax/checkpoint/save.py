@@ -45,7 +45,7 @@ def save_hf(
     code. Raises CheckpointError, also for what the published format cannot express.
     """
     target = Path(os.path.realpath(path))  # a link to an empty folder stays a link
-    _check_expressible(model.config, json.loads(model.origin.config))
+    check_expressible(model.config, json.loads(model.origin.config))
     _check_leaves(model)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
@@ -124,9 +124,11 @@ def _check_leaves(model: Pangu) -> None:
             )
 
 
-def _check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
-    """Pro MoE's published class has biases and head_dim = hidden / heads, with no config field to
-    say otherwise.
+def check_expressible(config: ModelConfig, said: dict[str, Any]) -> None:
+    """Raises CheckpointError for what the published formats have no words for: Pro MoE's class has
+    biases and head_dim = hidden / heads, with no config field to say otherwise.
+
+    said: the config.json that the model came from
     """
     if config.moge is None:
         return
