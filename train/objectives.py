@@ -23,7 +23,6 @@ from pangu_jax.linear import linear
 from pangu_jax.model import Pangu, Remat
 from pangu_jax.moge import Routing
 from pangu_jax.parallel import boundary
-from pangu_jax.parallel.layout import Layout
 from pangu_jax.parallel.on_mesh import on_mesh
 from pangu_jax.precision import exact_if_float32
 from pangu_jax.pytree import pytree
@@ -120,14 +119,17 @@ def objective(
 
     def local(model: Pangu, batch: Batch, adapters: Adapters | None) -> tuple[Array, Array, Any]:
         meta = Meta(batch.positions, batch.segments > 0, batch.segments)
-        valid = boundary.spread(meta.valid.reshape(-1), where.stream, where)
-        tap = functools.partial(_of_router, boundary.own(valid, where.stream, where), where)
+        axes = where.of("heads")
+        valid = boundary.own(boundary.spread(meta.valid.reshape(-1), axes, where), axes, where)
+        tap = functools.partial(_of_router, valid)
         tap = tap if model.config.moge is not None else lambda x, routing: None
         tokens = batch.tokens.reshape(-1)
         forward = functools.partial(pangu.tapped_forward, remat=wanted.remat, adapters=adapters)
         hidden, _, kept = forward(model, tokens, meta, None, tap)
         sums = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
         router = jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept)
+        if router is not None and where.stream:
+            router = lax.psum(router, where.stream)
         return *sums, router
 
     of_adapters = None if adapters is None else lora.specs(model, adapters)
@@ -136,27 +138,29 @@ def objective(
     nats, squares = nats / of_all, squares / of_all
     total, balance = nats + wanted.z_loss * squares, None
     if model.config.moge is not None:
-        load, shares, entropy = router
+        E = model.config.moge.num_experts
+        load, shares, entropy = jnp.split(router, [E, 2 * E], axis=1)
         tokens = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
-        moge = model.config.moge
-        scale = moge.num_experts / (moge.experts_per_token * tokens * tokens)
+        scale = E / (model.config.moge.experts_per_token * tokens * tokens)
         balance = (load * shares).sum(axis=1).mean() * scale * share
         total = total + wanted.balance * balance
-        router = Router(load, entropy / tokens * share)
+        router = Router(load, entropy[:, 0] / tokens * share)
     return total, Measures(nats, squares, balance, router)
 
 
-def _of_router(valid: Array, where: Layout, x: Array, routing: Routing | None) -> tuple:
-    """Sums over the valid tokens of all devices: choices of every expert, its softmax, entropy."""
+def _of_router(valid: Array, x: Array, routing: Routing | None) -> Float[Array, " columns"]:
+    """Sums over this device's valid tokens, one after the other: choices of every expert, shares of
+    the softmax over all of them, its entropy.
+    """
     assert routing is not None
     with jax.named_scope("router_statistics"):
         logs = jax.nn.log_softmax(routing.logits.astype(jnp.float32), axis=-1)
         logs = jnp.where(valid[:, None], logs, 0)
         p = jnp.where(valid[:, None], jnp.exp(logs), 0)
-        chosen = jnp.where(valid[:, None], routing.experts, logs.shape[1]).reshape(-1)
-        load = jnp.zeros(logs.shape[1], jnp.float32).at[chosen].add(1.0, mode="drop")
-        found = (load, p.sum(0), -(p * logs).sum())
-        return lax.psum(found, where.stream) if where.stream else found
+        E = logs.shape[1]
+        chosen = jnp.where(valid[:, None], routing.experts, E).reshape(-1)
+        load = jnp.zeros(E, jnp.float32).at[chosen].add(1.0, mode="drop")
+        return jnp.concatenate([load, p.sum(0), -(p * logs).sum()[None]])
 
 
 def cross_entropy(

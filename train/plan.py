@@ -9,8 +9,7 @@ from train import config as configs
 from train.commands import Plan as Command
 from train.config import Config, Stage
 
-# What training computes in, today.
-DTYPE, BYTES = "float32", 4
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def run(command: Command) -> int:
@@ -32,11 +31,13 @@ def of(config: Config, target: targets.Target) -> Any:
     """The plan of a step by formula. Raises ConfigError."""
     from infer.plan import report
     from pangu_jax.parallel import layout
-    from pangu_jax.plan.cost import Work
+    from pangu_jax.plan.cost import TRAINED, Work
 
+    if config.lora.rank is not None:
+        raise ConfigError("lora.rank: adapters are not planned yet; plan the run without them")
     name, model = plans.model_config(str(config.model.path or config.model.preset))
     stage = _largest(config)
-    if stage.length > model.max_positions:
+    if max(each.length for each in config.stages) > model.max_positions:
         raise ConfigError(f"data.length: the model has only {model.max_positions} positions")
     shown = config.model.layout or "single"
     where = layout.load(shown).over(target.num_devices)
@@ -45,8 +46,9 @@ def of(config: Config, target: targets.Target) -> Any:
             f"layout {shown} is for {where.num_devices} devices; {target} has "
             f"{target.num_devices}: choose another --model.layout, such as fsdp"
         )
-    work = Work("train", stage.batch, stage.length)
-    return report.of(name, model, target, shown, where, DTYPE, BYTES, work)
+    copies = TRAINED + (config.optimizer.ema is not None)
+    work, dtype = Work("train", stage.batch, stage.length, copies), config.step.compute
+    return report.of(name, model, target, shown, where, dtype, BYTES[dtype], work)
 
 
 def _largest(config: Config) -> Stage:
@@ -68,7 +70,7 @@ def lower(config: Config, plan: Any) -> Any:
 
     devices = plan.target.devices()
     model = build.abstract(
-        plan.config, dtype=DTYPE, where=plan.where, form="stacked", devices=devices
+        plan.config, dtype="float32", where=plan.where, form="stacked", devices=devices
     )
     recipe, stage = Recipe(config, model), _largest(config)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

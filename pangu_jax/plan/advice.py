@@ -64,7 +64,7 @@ def _recipes(config: ModelConfig, work: Work, now: Recipe) -> Iterator[tuple[str
 def _alternatives(
     where: Layout, dtype: str, work: Work, devices: int
 ) -> Iterator[tuple[str, Layout, str, Work]]:
-    if dtype == "float32" and work.phase != "train":
+    if dtype == "float32":
         yield "bfloat16 instead of float32", where, "bfloat16", work
     if work.batch > 1:
         half = dataclasses.replace(work, batch=-(-work.batch // 2))

@@ -25,7 +25,7 @@ from pangu_jax.quant.scheme import FLOAT, Recipe
 
 Phase = Literal["decode", "prefill", "train"]
 
-# AdamW keeps the gradient and two moments of every weight, in the weight's dtype.
+# AdamW keeps the gradient and two moments of every weight, all of them float32.
 TRAINED = 4
 
 # Rows of logits that the loss holds at once (train/objectives.py).
@@ -34,11 +34,15 @@ LOSS_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A step: so many sequences in all, each of `context` tokens, the last `length` of them new."""
+    """A step: so many sequences in all, each of `context` tokens, the last `length` of them new.
+
+    copies: in training, float32 numbers that are kept for every weight, itself among them
+    """
 
     phase: Phase
     batch: int
     context: int
+    copies: int = TRAINED
 
     @property
     def length(self) -> int:
@@ -88,13 +92,16 @@ def of(
     """The cost of a step. Raises ConfigError where the model does not fit the layout."""
     size, shape = jnp.dtype(dtype).itemsize, Share(config, where, work, recipe)
     weights = weight_bytes(config, where, dtype, recipe=recipe)
-    training = work.phase == "train"
+    held, training = weights, work.phase == "train"
     flops, read = shape.flops(), shape.weights_read(size) + shape.cache_bytes(size)
     if training:
         backward = 3 if where.of("fsdp") else 2  # gathered layers are computed again
-        flops, read = flops * (1 + backward), float((TRAINED + 2) * weights)
+        masters = weight_bytes(config, where, "float32")
+        flops, read = flops * (1 + backward), float((work.copies + 2) * masters)
+        # Products of fewer bits have a copy of the weights, and a gradient of that.
+        held = masters * work.copies + (2 * weights if size < 4 else 0)
     return Cost(
-        weights * (TRAINED if training else 1),
+        held,
         0 if training else shape.cache_bytes(size),
         shape.working(size),
         flops,
@@ -321,8 +328,11 @@ class Share:
         chunks = -(-tokens // LOSS_ROWS)
         for _ in range(3 * chunks):  # the largest logit, the sum, the target's own
             found.one("all-reduce", -(-tokens // chunks) * 4, where.size(axes))
-        found.one("all-reduce", 4, where.size([a for a in stream if a not in axes]))
-        found.one("all-reduce", 4, where.size(where.of("batch")))
+        # Nats, and squares for the z-loss.
+        found.one("all-reduce", 2 * 4, where.size([a for a in stream if a not in axes]))
+        if (moge := self.config.moge) is not None:  # what the routers did
+            columns = 2 * moge.num_experts + 1
+            found.one("all-reduce", self.L * columns * 4, where.size(stream))
 
     def _gather_weights(self, found: "_Tally", size: int) -> None:
         """FSDP: every matrix, when its layer needs it; not the embedding."""

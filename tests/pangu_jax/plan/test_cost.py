@@ -363,13 +363,14 @@ def test_traffic_of_generation(name: str, where: str, kind: str, gather: str, la
 
 
 def training(config: ModelConfig, where: Layout, work: Work) -> Any:
-    """The loss of a training step, lowered; every row is a sequence."""
+    """The objective of a training step, lowered; every row is a sequence."""
     model = Pangu(config, "separate", jnp.float32, where, where.abstract_mesh())
     size = (work.batch, work.context)
     ids, weights = (jax.ShapeDtypeStruct(size, dtype) for dtype in (jnp.int32, jnp.float32))
     names = ("tokens", "targets", "segments", "positions")
     batch = unchecked(objectives.Batch, **dict.fromkeys(names, ids), weights=weights)
-    traced = jax.jit(objectives.loss).trace(model, batch)
+    whole = lambda model, batch: objectives.objective(model, batch, objectives.Objective())
+    traced = jax.jit(whole).trace(model, batch)
     return traced.lower(lowering_platforms=("cpu",))
 
 
