@@ -29,6 +29,9 @@ SAME_RUN = (
     ("step", "remat"),
 )
 
+# Weights of sources are mixed in whole numbers (own choice).
+MOST_UNEVEN = 10_000
+
 # Losses whose median a spike is compared with (own choice).
 SPIKE_WINDOW = 100
 
@@ -118,9 +121,10 @@ class Phase:
         _check(self, "length", self.length is None or self.length >= 2, "at least 2")
         _check(self, "batch", self.batch is None or self.batch >= 1, "at least 1")
         for name, weight in (self.weights or {}).items():
-            value = strict.coerce(float, weight, f"weights.{name}")
+            where = f"weights.{strict.shorten(name, quote=False)}"
+            value = strict.coerce(float, weight, where)
             if not 0 <= value <= 1e9:
-                raise ConfigError(f"weights.{name} must be from 0 to 1e9, not {value}")
+                raise ConfigError(f"{where} must be from 0 to 1e9, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +281,13 @@ class Config:
                     f"{where}no [[source]] is called {strict.shorten(unknown[0])}"
                     f"{strict.suggest(unknown[0], names)}"
                 )
-            if not any(stage.weights.values()):
+            used = [weight for weight in stage.weights.values() if weight > 0]
+            if not used:
                 raise ConfigError(f"{where}all weights are 0")
+            if max(used) > MOST_UNEVEN * min(used):
+                raise ConfigError(
+                    f"{where}the largest weight is more than {MOST_UNEVEN:,} times the smallest"
+                )
         if self.phase and (total := self.stages[-1].end) != self.run.steps:
             raise ConfigError(f"the phases have {total} steps, but run.steps is {self.run.steps}")
 
@@ -338,7 +347,8 @@ def _check_text(config: Config) -> None:
         for name, value in values.items():
             text = json.dumps(value, ensure_ascii=False)
             if "\\u0000" in text or any("\ud800" <= char <= "\udfff" for char in text):
-                raise ConfigError(f"{section}.{name}: not a name of a file, or not UTF-8")
+                where = f"{section.strip('[]')}.{name}"
+                raise ConfigError(f"{where}: not a name of a file, or not UTF-8")
 
 
 def _tables(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:

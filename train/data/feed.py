@@ -72,24 +72,20 @@ def _pieces(begins: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarr
     return piece, np.minimum(np.repeat(ends, counts) - piece, length)
 
 
-@dataclasses.dataclass(frozen=True)
 class Shuffled:
     """All rows in one order after another, without end."""
 
-    rows: Any
-    seed: tuple[int, ...]
+    def __init__(self, rows: Any, seed: tuple[int, ...]) -> None:
+        self._rows = rows
+        order = lambda epoch: np.random.default_rng((*seed, epoch)).permutation(len(rows))
+        self._order = functools.lru_cache(maxsize=2)(order)  # a batch may lie in two passes
 
     def __len__(self) -> int:
         return MOST_BATCHES
 
     def __getitem__(self, place: int) -> Row:
-        epoch, place = divmod(place, len(self.rows))
-        return self.rows[int(_order(len(self.rows), (*self.seed, epoch))[place])]
-
-
-@functools.lru_cache(maxsize=16)
-def _order(rows: int, seed: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(rows)
+        epoch, place = divmod(place, len(self._rows))
+        return self._rows[int(self._order(epoch)[place])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +129,9 @@ class Feed:
                 [grain.MapDataset.source(source) for source in rows],
                 [weights[name] / total for name in named],
             )
-        self._batches = grain.MapDataset.source(_Batches(mixed, batch, own or range(batch)))
+        self._batches = grain.MapDataset.source(
+            _Batches(mixed, batch, range(batch) if own is None else own)
+        )
 
     def __getitem__(self, number: int) -> Batch:
         return packing.batch(**self._batches[number])

@@ -32,6 +32,9 @@ class Record:
 
 BEGIN = (0, 0)
 
+# What examples are made of. Other columns are not read: of dates or bytes there is no JSON.
+COLUMNS = ("text", "messages", "think", "tools")
+
 
 def read(path: Path, begin: tuple[int, int] = BEGIN) -> Iterator[Record]:
     """The records of a file from a place on: .parquet, .arrayrecord (.array_record), else JSON
@@ -56,13 +59,13 @@ def _parquet(path: Path, begin: tuple[int, int]) -> Iterator[Record]:
     """Rows as objects; columns without a value are not in them."""
     parquet = _reader("pyarrow.parquet", "pyarrow", path)
     with _readable(path), parquet.ParquetFile(path) as file:
-        number = 0
+        number, wanted = 0, [name for name in file.schema_arrow.names if name in COLUMNS]
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if number + size <= begin[0]:
                 number += size
                 continue
-            for batch in file.iter_batches(1024, row_groups=[group]):
+            for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     if number > begin[0]:

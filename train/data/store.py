@@ -90,7 +90,12 @@ def of(
     """
     if not source.is_file():
         raise InputError(f"{source}: {'not a regular file' if source.exists() else 'no such file'}")
-    made_of = {**made_by, "file": files.fingerprint(source), "bad": bad}
+    made_of = {
+        **made_by,
+        "file": files.fingerprint(source),
+        "changed": source.stat().st_mtime_ns,
+        "bad": bad,
+    }
     state = _found(folder, made_of)
     if not state.whole:
         folder.mkdir(parents=True, exist_ok=True)

@@ -135,8 +135,8 @@ def test_nothing_makes_no_rows(how: Packing) -> None:
 
 
 @pytest.mark.parametrize("how", METHODS)
-def test_hundreds_of_thousands_of_pieces_take_seconds_at_most(how: Packing) -> None:
-    """Each of them once: what takes quadratic time would take hours."""
+def test_hundreds_of_thousands_of_pieces_are_packed(how: Packing) -> None:
+    """What takes quadratic time would take hours."""
     sizes = np.random.default_rng(0).integers(1, 2048, 200_000)
     found = pack(sizes, 2048, how)
     np.testing.assert_array_equal(np.sort(found.members), np.arange(sizes.size))
@@ -199,6 +199,17 @@ def test_a_batch_place_by_place(rows: list[list[tuple[int, list[bool]]]]) -> Non
 def test_no_target_is_lost(rows: list[list[tuple[int, list[bool]]]]) -> None:
     batch = packing.batch(**drawn_rows(rows))
     assert batch.weights.sum() == sum(sum(learn[1:]) for row in rows for _, learn in row)
+
+
+@given(rows=st.lists(full_rows, min_size=1, max_size=4))
+@given_sizes
+def test_padding_counts_for_nothing_whatever_is_said_of_it(
+    rows: list[list[tuple[int, list[bool]]]],
+) -> None:
+    plain = drawn_rows(rows)
+    everywhere = plain["learn"] | (plain["segments"] == 0)
+    said = packing.batch(plain["tokens"], plain["segments"], everywhere)
+    np.testing.assert_array_equal(said.weights, packing.batch(**plain).weights)
 
 
 def test_edges_of_rows() -> None:

@@ -33,8 +33,8 @@ class Stopped(Exception):
 
 
 def encode(line: dict[str, Any]) -> Iterator[Example]:
-    """{"parts": [[id, ...], ...]}: an example of each, ids that are even are learnt."""
-    for part in line["parts"]:
+    """{"messages": [[id, ...], ...]}: an example of each, ids that are even are learnt."""
+    for part in line["messages"]:
         if part is None:
             raise InputError("a part is bad")
         yield Example(np.array(part, np.int32), np.array(part, np.int64) % 2 == 0)
@@ -52,7 +52,7 @@ def lines_of(records: list[Any]) -> bytes:
 
 
 def of_parts(*parts: list[int]) -> dict[str, Any]:
-    return {"parts": list(parts)}
+    return {"messages": list(parts)}
 
 
 def make(
@@ -77,8 +77,8 @@ def examples(found: Store) -> list[tuple[list[int], list[bool]]]:
 
 def expected(records: list[Any]) -> list[tuple[list[int], list[bool]]]:
     """The examples of records that are good from the first part to the last."""
-    good = [each for each in records if each is not None and None not in each["parts"]]
-    return [(part, [id % 2 == 0 for id in part]) for each in good for part in each["parts"]]
+    good = [each for each in records if each is not None and None not in each["messages"]]
+    return [(part, [id % 2 == 0 for id in part]) for each in good for part in each["messages"]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,8 +103,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ids = st.integers(0, 2**31 - 1) | st.integers(0, 9)
-good = st.lists(st.lists(ids, max_size=4), max_size=3).map(lambda parts: {"parts": parts})
-bad = st.none() | good.map(lambda record: {"parts": [*record["parts"], None, [8]]})
+good = st.lists(st.lists(ids, max_size=4), max_size=3).map(lambda parts: {"messages": parts})
+bad = st.none() | good.map(lambda record: {"messages": [*record["messages"], None, [8]]})
 
 
 # --- whole
@@ -136,7 +136,7 @@ def test_bad_records_that_are_skipped_leave_nothing_but_their_names(
         shutil.rmtree(place, ignore_errors=True)
     source.write_bytes(lines_of(records))
     found = make(folder, source, "skip")
-    wrong = [i for i, each in enumerate(records, 1) if each is None or None in each["parts"]]
+    wrong = [i for i, each in enumerate(records, 1) if each is None or None in each["messages"]]
     assert examples(found) == expected(records)
     assert found.skipped == len(wrong)
     said = (folder / "skipped.txt").read_text().splitlines()
@@ -150,7 +150,7 @@ def test_bad_records_that_are_skipped_leave_nothing_but_their_names(
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("wrong", [None, {"parts": [[2], None]}])
+@pytest.mark.parametrize("wrong", [None, {"messages": [[2], None]}])
 def test_a_bad_record_stops_and_is_named_every_time(source: Path, folder: Path, wrong: Any) -> None:
     source.write_bytes(lines_of([of_parts([1, 2]), of_parts([3]), wrong, of_parts([4])]))
     for _ in range(2):
@@ -276,8 +276,28 @@ def test_what_counts_is_not_encoded_again(source: Path, folder: Path, after: int
     encoded: list[int] = []
     assert interrupt(folder, source, after, False, encoded) == (after < len(RECORDS))
     interrupt(folder, source, len(RECORDS), False, encoded)
-    assert len(encoded) == len([r for r in RECORDS if r is not None and None not in r["parts"]])
+    assert len(encoded) == len([r for r in RECORDS if r is not None and None not in r["messages"]])
     assert examples(make(folder, source, "skip", encode=never)) == expected(RECORDS)
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_counts_is_on_the_disk(source: Path, folder: Path, tmp_path: Path) -> None:
+    """As a process that is killed leaves it: without what is still in its buffers."""
+    source.write_bytes(lines_of(RECORDS))
+    copies: list[Path] = []
+
+    def copy() -> None:
+        copies.append(tmp_path / f"copy{len(copies)}")
+        shutil.copytree(folder, copies[-1])
+
+    make(folder, source, "skip", advance=copy)
+    good = [each is not None and None not in each["messages"] for each in RECORDS]
+    assert len(copies) == len(RECORDS)
+    for done, left in enumerate(copies):
+        encoded: list[int] = []
+        interrupt(left, source, len(RECORDS), False, encoded)
+        assert len(encoded) == sum(good[done:])
+        assert contents(left) == contents(folder)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
@@ -287,7 +307,7 @@ def test_other_kinds_of_files_go_on_too(tmp_path: Path, folder: Path, kind: str)
     records = [of_parts([i, i + 1], [i]) for i in range(1, 9)]
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
-        table = pyarrow.table({"parts": [each["parts"] for each in records]})
+        table = pyarrow.table({"messages": [each["messages"] for each in records]})
         pytest.importorskip("pyarrow.parquet").write_table(table, file, row_group_size=3)
     else:
         module = pytest.importorskip("array_record.python.array_record_module")
