@@ -121,7 +121,8 @@ def merge(model: Pangu, leaves: Mapping[str, Array], scale: float) -> Pangu:
             for layer in range(length):
                 name = f"blocks.{first + layer}.{leaf}"
                 floats[name] = jax.device_put(stack[layer], places[name])
-    return build.with_weights(like, floats)
+    merged = build.with_weights(like, floats)
+    return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.format), merged, like)
 
 
 def _merged(

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, UInt32
 
+from pangu_jax.checkpoint import native
 from pangu_jax.checkpoint.native import FAILURES, STATE, SUMS
 from pangu_jax.errors import CheckpointError
 from train.step import Leaves, State
@@ -46,7 +44,7 @@ class Checkpoints:
         """
         step = int(state.step)
         changing = _changing(state)
-        sums = {name: int(value) for name, value in jax.device_get(_sums(changing)).items()}
+        sums = {name: int(value) for name, value in jax.device_get(native.sums(changing)).items()}
         items = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(changing), SUMS: ocp.args.JsonSave(sums)}
         )
@@ -73,10 +71,10 @@ class Checkpoints:
         )
         try:
             found = self._manager.restore(step, args=items)
+            state, sums = found[STATE], dict(found[SUMS])
         except FAILURES as error:
             raise self._unreadable(step, _reason(error)) from None
-        state, sums = found[STATE], found[SUMS]
-        for name, value in jax.device_get(_sums(state)).items():
+        for name, value in jax.device_get(native.sums(state)).items():
             if sums.get(name) != int(value):
                 raise self._unreadable(step, f"the numbers of {name} are damaged")
         return State(frozen=frozen, **state)
@@ -115,28 +113,6 @@ def _changing(state: State) -> dict[str, Any]:
         "optimizer": state.optimizer,
         "ema": state.ema,
     }
-
-
-@jax.jit
-def _sums(changing: Any) -> dict[str, Array]:
-    """A check sum of every array, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(changing)
-    return {jax.tree_util.keystr(path): _sum(leaf) for path, leaf in leaves}
-
-
-def _sum(leaf: Array) -> UInt32[Array, ""]:
-    """The bits of all numbers, each times an odd number of its own place, modulo 2^32: the same
-    however the array is spread over devices (own choice).
-    """
-    size = leaf.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
-    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        own = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        place = place + own * np.uint32(stride % 2**32)
-        stride *= leaf.shape[axis]
-    odd = place * np.uint32(2654435761) * np.uint32(2) + np.uint32(1)
-    return jnp.sum(bits.astype(jnp.uint32) * odd, dtype=jnp.uint32)
 
 
 def _reason(error: BaseException) -> str:

@@ -56,6 +56,8 @@ def train(config: Config, reader: Reader) -> int:
     recipe = Recipe(config, _shapes(model))
     with folder.claimed(config):
         data = Data(config, reader, tokenizer, home, folder.data)
+        for stage in config.stages:
+            data.feed(stage)  # what cannot be fed is told before the first step
         folder.check_inputs(config, model.config, data.digest)
         like, begin, said = _shapes(model), [recipe.start(model)], _unpublished(model)
         if said is not None:
@@ -157,6 +159,7 @@ class Run:
             stack.enter_context(door.terminations(lambda: self._stop(door.TERMINATED)))
             back = 0
             while True:
+                skipped = int(state.skipped)
                 try:
                     state = self._go(state, saved)
                     saved.wait()
@@ -166,7 +169,7 @@ class Run:
                     self._give_up(failure, saved, back)
                     state = saved.restore(blank, frozen)
                     back += 1
-                    state = self._skip(state, failure)
+                    state = self._skip(state, failure, skipped)
 
     def _go(self, state: State, saved: Checkpoints) -> State:
         first, section = int(state.step), self._config.run
@@ -233,10 +236,13 @@ class Run:
                 "lower optimizer.learning_rate"
             )
 
-    def _skip(self, state: State, failure: Failure) -> State:
-        """The state with the batches up to the failure left out."""
+    def _skip(self, state: State, failure: Failure, before: int) -> State:
+        """The state with the batches up to the failure left out.
+
+        before: how many were left out when it came to the failure
+        """
         step = int(state.step)
-        lost = failure.step - step
+        lost = before - int(state.skipped) + failure.step - step
         progress.say(f"{failure}: back to step {step}, and its next {lost} batches are left out")
         skipped = jax.device_put(np.int32(int(state.skipped) + lost), state.skipped.sharding)
         return dataclasses.replace(state, skipped=skipped)

@@ -126,7 +126,7 @@ class Record:
             return
         (taken, metrics), self._waiting = self._waiting, None
         found = jax.device_get(metrics)  # waits for the step
-        self._check(taken.step, float(found.loss), float(found.grad_norm))
+        self._check(taken.step, found)
         self._losses.append(float(found.loss))
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -154,8 +154,14 @@ class Record:
                 self._board.add_scalar(name, value, taken.step)
         self._show(taken.step, float(found.loss), taken.tokens / seconds)
 
-    def _check(self, step: int, loss: float, norm: float) -> None:
-        for name, value in (("loss", loss), ("norm of the gradients", norm)):
+    def _check(self, step: int, found: Metrics) -> None:
+        loss = float(found.loss)
+        for name, value in (
+            ("loss", loss),
+            ("norm of the gradients", float(found.grad_norm)),
+            ("norm of the weights", float(found.weight_norm)),
+            ("mean of logsumexp(logits)^2", float(found.z)),
+        ):
             if not math.isfinite(value):
                 raise Failure(step, f"the {name} is {value}")
         if self._spike is not None and len(self._losses) >= SPIKE_WINDOW:
@@ -202,7 +208,8 @@ def _board(folder: Path, step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise InputError("run.tensorboard needs `pip install tensorboardX`") from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    # Named by the second alone, two starts in one would have one file.
+    return SummaryWriter(str(folder), purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
 
 
 def _cut(path: Path, step: int, read: Callable[[Path], list[dict]]) -> list[dict[str, Any]]:

@@ -46,9 +46,10 @@ class RunFolder:
         Raises InputError.
         """
         folder = cls(Path(config.run.output))
-        if (folder.path / CONFIG).is_file():
+        named = (folder.path / CONFIG).is_file()
+        if named and (folder.path / INPUTS).is_file():  # else nothing came of it yet
             folder._check_same(config)
-        elif folder.path.exists() and not _is_empty_folder(folder.path):
+        elif not named and folder.path.exists() and not _is_empty_folder(folder.path):
             raise InputError(
                 f"{folder.path}: exists and is no folder of a run; choose another run.output"
             )
@@ -61,8 +62,8 @@ class RunFolder:
         Raises InputError where one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        files.write(self.path / CONFIG, configs.to_toml(config).encode())
         with files.locked(self.path / LOCK):
+            files.write(self.path / CONFIG, configs.to_toml(config).encode())
             yield
 
     def check_inputs(self, config: Config, model: ModelConfig, data: str) -> None:
@@ -123,4 +124,5 @@ class RunFolder:
 
 def _is_empty_folder(path: Path) -> bool:
     """A first write that was interrupted left nothing."""
-    return path.is_dir() and all(each.name.startswith(f".{CONFIG}.") for each in path.iterdir())
+    left = (LOCK, f".{CONFIG}.")
+    return path.is_dir() and all(each.name.startswith(left) for each in path.iterdir())

@@ -206,7 +206,8 @@ def places(like: Pangu, state: State) -> Any:
     everywhere = NamedSharding(like.mesh, PartitionSpec())
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = next((str(key.key) for key in path if isinstance(key, DictKey)), "")
+        # The last one: Optax's groups, of which Muon is one, are dictionaries too.
+        name = next((str(key.key) for key in reversed(path) if isinstance(key, DictKey)), "")
         own = of_weights.get(name, everywhere)
         return own if leaf.ndim else everywhere
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 
 from pangu_jax import build, lora, strict
 from pangu_jax.config import ModelConfig
@@ -30,8 +32,8 @@ from pangu_jax.model import Pangu
 CHECKPOINTS, FINAL, FROZEN = "checkpoints", "final", "frozen"
 STATE, SUMS, BASE, MODEL = "state", "sums", "base.json", "model.json"
 
-# What Orbax raises for files that are damaged or cannot be written.
-FAILURES = (ValueError, KeyError, TypeError, AttributeError, OSError)
+# What Orbax raises for files that are damaged or cannot be written: also Exception itself.
+FAILURES = (Exception,)
 
 
 def is_run(folder: Path) -> bool:
@@ -42,7 +44,9 @@ def is_run(folder: Path) -> bool:
 def write_config(folder: Path, model: Pangu) -> None:
     """Says what model a run's folder is of. Raises OSError."""
     said = {"config": dataclasses.asdict(model.config), "published": model.origin.config}
-    (folder / MODEL).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    partial = folder / f".{MODEL}.partial"
+    partial.write_text(json.dumps(said, indent=2), encoding="utf-8")
+    partial.replace(folder / MODEL)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -89,6 +93,10 @@ class Base:
     targets: tuple[str, ...] = ()
     quantize: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, not {self.rank}")
+
 
 def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str], Pangu]) -> Pangu:
     """The model of a run's newest checkpoint.
@@ -99,31 +107,35 @@ def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str],
     Raises CheckpointError.
     """
     state = folder / CHECKPOINTS / str(newest(folder)) / STATE
-    trained = _names(state.parent)
+    told = _told(state.parent)
+    trained = _names(told)
     if not (folder / BASE).exists():
-        return _fill(folder, state, trained, abstract())
+        return _fill(folder, state, told, abstract())
     try:
         base = strict.build(Base, strict.read_json_object(folder / BASE), str(folder / BASE))
         model = load_base(base.path)
         if base.quantize is not None:
             model = build.quantize(model, base.quantize)
+        like = jax.eval_shape(lambda: lora.init(model, base.rank, base.targets, jax.random.key(0)))
     except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    like = jax.eval_shape(lambda: lora.init(model, base.rank, base.targets, jax.random.key(0)))
+        said = str(error) if str(folder / BASE) in str(error) else f"{folder / BASE}: {error}"
+        raise CheckpointError(said) from None
+    except RecursionError:
+        raise CheckpointError(f"{folder / BASE}: a run that stands on itself") from None
     if set(like) != trained:
         raise CheckpointError(f"{state}: not the adapters that {folder / BASE} speaks of")
     places = lora.places(model, like)
     wanted = {name: _wanted(leaf.shape, places[name]) for name, leaf in like.items()}
-    return lora.merge(model, _restore(state, {"trainable": wanted})["trainable"], base.scale)
+    return lora.merge(model, _trained(state, told, wanted), base.scale)
 
 
-def _fill(folder: Path, state: Path, trained: set[str], model: Pangu) -> Pangu:
-    held = dict(build.named_leaves(model))
+def _fill(folder: Path, state: Path, told: dict[str, Any], model: Pangu) -> Pangu:
+    trained, held = _names(told), dict(build.named_leaves(model))
     places, shapes = build.places(model), build.own_shapes(model)
     of_run = lambda names: {name: _wanted(shapes[name], places[name]) for name in names}
     if unknown := sorted(trained - set(held)):
         raise CheckpointError(f"{state}: {unknown[0]} is no leaf of this model")
-    own = _restore(state, {"trainable": of_run(sorted(trained))})["trainable"]
+    own = _trained(state, told, of_run(sorted(trained)))
     if rest := sorted(set(held) - trained):
         own |= _restore(folder / FROZEN, of_run(rest))
     whole = build.with_weights(model, {n: x.astype(held[n].dtype) for n, x in own.items()})
@@ -134,14 +146,27 @@ def _wanted(shape: tuple[int, ...], place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
 
 
-def _names(folder: Path) -> set[str]:
-    """The leaves that a checkpoint holds: those whose check sums it has."""
+def _told(folder: Path) -> dict[str, Any]:
+    """A checkpoint's check sums."""
     try:
-        sums = strict.read_json_object(folder / SUMS / "metadata")
+        return strict.read_json_object(folder / SUMS / "metadata")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    found = (re.fullmatch(r"\['trainable'\]\['([\w.]+)'\]", key) for key in sums)
+
+
+def _names(told: dict[str, Any]) -> set[str]:
+    """The leaves that a checkpoint holds: those whose check sums it has."""
+    found = (re.fullmatch(r"\['trainable'\]\['([\w.]+)'\]", key) for key in told)
     return {match[1] for match in found if match}
+
+
+def _trained(state: Path, told: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of a checkpoint, with the sums that it tells."""
+    found = _restore(state, {"trainable": wanted})
+    for name, value in jax.device_get(sums(found)).items():
+        if told.get(name) != int(value):
+            raise CheckpointError(f"{state}: the numbers of {name} are damaged")
+    return found["trainable"]
 
 
 def _restore(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +177,35 @@ def _restore(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(folder.absolute(), args=arguments)
+            found = reader.restore(folder.absolute(), args=arguments)
     except FAILURES as error:
         raise CheckpointError(f"{folder}: not a checkpoint of a run ({_reason(error)})") from None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        if not isinstance(leaf, jax.Array):  # what is not there is handed back as it was asked for
+            raise CheckpointError(f"{folder}: {jax.tree_util.keystr(path)} is missing")
+    return found
+
+
+@jax.jit
+def sums(changing: Any) -> dict[str, Array]:
+    """A check sum of every array, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(changing)
+    return {jax.tree_util.keystr(path): _sum(leaf) for path, leaf in leaves}
+
+
+def _sum(leaf: Array) -> UInt32[Array, ""]:
+    """The bits of all numbers, each times an odd number of its own place, modulo 2^32: the same
+    however the array is spread over devices (own choice).
+    """
+    size = leaf.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
+    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        own = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place + own * np.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    odd = place * np.uint32(2654435761) * np.uint32(2) + np.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * odd, dtype=jnp.uint32)
 
 
 def _reason(error: BaseException) -> str:

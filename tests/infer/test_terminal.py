@@ -393,6 +393,46 @@ def test_interrupts_call_stop_then_raise() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_terminations_call_stop_and_nothing_else() -> None:
+    """However often: who sends SIGTERM again only asks again. Ctrl-C is left as it was."""
+    calls: list[int] = []
+    before, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with door.terminations(lambda: calls.append(1)):
+        assert signal.getsignal(signal.SIGINT) is interrupt
+        for count in (1, 2, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert calls == [1] * count
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_ends_within_terminations_leaves_the_signal_as_it_was() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="lost"), door.terminations(lambda: None):
+        raise ValueError("lost")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("code", [door.INTERRUPTED, door.TERMINATED, 0, 2])
+def test_a_program_ends_with_the_code_of_its_command(code: int, env: dict[str, str]) -> None:
+    """Asked to stop it does not wait for threads that compile; what it said is there."""
+    program = f"""
+        import threading, time
+        from infer import door
+
+        def main():
+            if {code} in (door.INTERRUPTED, door.TERMINATED):
+                threading.Thread(target=time.sleep, args=(600,)).start()
+            print("done")
+            return {code}
+
+        door.leave(main)
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(program)]
+    found = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert found.returncode == code, found.stderr
+    assert found.stdout == "done\n"
+
+
 @pytest.mark.parametrize(
     ("data", "messages"),
     [

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from pangu_jax import build
 from pangu_jax.config import ModelConfig
 from pangu_jax.model import Pangu
 from train import __main__ as door
-from train import bench, objectives
+from train import bench, flops, objectives
 from train import optimizer as optimizers
 from train import step as steps
-from train.config import OptimizerSection
+from train.config import OptimizerSection, Stage
+from train.objectives import Objective
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -67,9 +69,14 @@ def products(jaxpr) -> int:
             out = math.prod(equation.outvars[0].aval.shape)
             total += 2 * out * math.prod(left[axis] for axis in contracted)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            total += times * products(inner) if hasattr(inner, "eqns") else 0
+        inside = [
+            products(inner)
+            for each in jax.tree.leaves(list(equation.params.values()))
+            if hasattr(inner := getattr(each, "jaxpr", each), "eqns")
+        ]
+        if equation.primitive.name == "cond":  # one of several platforms
+            inside = [max(inside)]
+        total += times * sum(inside)
     return total
 
 
@@ -81,12 +88,49 @@ def test_flops_are_the_products_of_a_step(tied: bool) -> None:
     batch = bench.random_batch(config.vocab_size, T, B)
     forward = products(jax.make_jaxpr(objectives.loss)(model, batch).jaxpr)
     hidden_half = 2 * config.num_layers * config.num_heads * config.head_dim * T**2 * B
-    assert bench.step_flops(config, T, B) == 3 * (forward - hidden_half)
-    optimizer = optimizers.make(OptimizerSection(), 100)
+    assert flops.step_flops(config, T, B) == 3 * (forward - hidden_half)
+    optimizer = optimizers.make(OptimizerSection(), [Stage.whole(OptimizerSection(), 100)])
     state = jax.eval_shape(lambda m: steps.start(m, optimizer, lambda name: False), model)
     whole = products(jax.make_jaxpr(steps.make(model, optimizer))(state, batch).jaxpr)
     logits_again = 2 * config.hidden_size * config.vocab_size * T * B
     assert whole == 3 * forward + logits_again
+
+
+def test_parts_multiply_as_much_as_the_whole() -> None:
+    """Of a batch that they divide; a mean of weights and other losses multiply nothing."""
+    model = pangu_jax.abstract(TINY, form="stacked")
+    batch = bench.random_batch(TINY.vocab_size, 40, 4)
+    optimizer = optimizers.make(OptimizerSection(), [Stage.whole(OptimizerSection(), 100)])
+    state = jax.eval_shape(lambda m: steps.start(m, optimizer, lambda name: False, True), model)
+
+    def of(**more: Any) -> int:
+        step = steps.make(model, optimizer, ema=0.9, **more)
+        return products(jax.make_jaxpr(step)(state, batch).jaxpr)
+
+    whole = of()
+    assert of(parts=4) == whole
+    assert of(parts=2, wanted=Objective(z_loss=0.1, remat="none"), dtype="bfloat16") == whole
+    forward = flops.step_flops(TINY, 40, 4) / 3
+    assert whole < of(wanted=Objective(remat="full")) < whole + forward
+
+
+@pytest.mark.parametrize(
+    ("kind", "float32", "bfloat16"),
+    [
+        ("NVIDIA H200", 67, 989),
+        ("TPU v5p", 76.5, 459),
+        ("TPU v5", 76.5, 459),
+        ("TPU v5 lite", 32.8, 197),
+        ("TPU v6 lite", 153, 918),
+        ("cpu", None, None),
+        ("TPU v5 lite pod", None, None),
+    ],
+)
+def test_the_most_a_chip_can_do(kind: str, float32: float | None, bfloat16: float | None) -> None:
+    """In TFLOP/s, as the vendors say; nothing is said of a chip that is not known."""
+    for size, wanted in ((4, float32), (2, bfloat16)):
+        found = flops.peak(kind, size)
+        assert found == (None if wanted is None else pytest.approx(wanted * 1e12))
 
 
 def test_flops_of_a_moge_are_those_of_the_active_weights() -> None:
@@ -94,7 +138,7 @@ def test_flops_of_a_moge_are_those_of_the_active_weights() -> None:
     T = 512
     passed = config.num_active_parameters - config.vocab_size * config.hidden_size
     square = 2 * config.num_layers * config.num_heads * config.head_dim * T**2
-    got = bench.step_flops(config, T, 2)
+    got = flops.step_flops(config, T, 2)
     assert got == pytest.approx(3 * 2 * (2 * passed * T + square), rel=1e-4)  # norms and biases
 
 

@@ -18,7 +18,18 @@ from pangu_jax.config import configs_folder
 from pangu_jax.errors import ConfigError, InputError
 from train import __main__ as door
 from train import commands, config
-from train.config import Config, DataSection, ModelSection, OptimizerSection, RunSection
+from train.config import (
+    Config,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OptimizerSection,
+    Phase,
+    RunSection,
+    Source,
+    Stage,
+    StepSection,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted((configs_folder() / "train").glob("*.toml"))
@@ -68,8 +79,10 @@ def whole(low: int, high: int = 2**70) -> st.SearchStrategy[int]:
     return st.integers(low, 1000) | st.integers(low, high)
 
 
-def table_of(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries(fields)
+def table_of(
+    optional: dict[str, st.SearchStrategy[Any]] | None = None, **fields: st.SearchStrategy[Any]
+) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(fields, optional=optional or {})
 
 
 def with_steps_to_warm_up(table: dict[str, Any]) -> dict[str, Any]:
@@ -77,45 +90,126 @@ def with_steps_to_warm_up(table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
+def one_of(*words: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(words)
+
+
+MOST = 2**24
+rates = numbers(0, 1e30, exclude_min=True)
+
 # As in a file, and not the dataclasses: run-time type checks draw random numbers of their own.
+# Left out is only what then has no value.
 tables = table_of(
-    model=table_of(preset=texts, tokenizer=texts) | table_of(path=texts),
-    data=table_of(path=texts, length=whole(2), batch=whole(1)),
+    model=table_of({"layout": texts}, preset=texts, tokenizer=texts)
+    | table_of({"layout": texts}, path=texts),
+    data=table_of(
+        path=texts,
+        length=whole(2),
+        batch=whole(1),
+        packing=one_of("knapsack", "first-fit"),
+        learn=one_of("assistants", "last", "all"),
+        bad=one_of("stop", "skip"),
+    ),
     run=table_of(
+        {"spike": numbers(1, 1e300, exclude_min=True)},
         output=texts,
-        steps=whole(1, 2**24),
-        save_every=whole(1, 2**24),
+        steps=whole(1, MOST),
+        save_every=whole(1, MOST),
+        keep=whole(1, 10_000),
         seed=whole(0, 2**31 - 1),
+        failure=one_of("stop", "skip"),
+        tensorboard=st.booleans(),
+    ),
+    step=table_of(
+        {"remat": one_of("none", "dots", "full")},
+        compute=one_of("float32", "bfloat16"),
+        accumulate=whole(1, 2**16),
+        z_loss=numbers(0, 1e6),
+        balance=numbers(0, 1e6),
     ),
     optimizer=table_of(
-        learning_rate=numbers(0, 1e30, exclude_min=True),
+        {"ema": numbers(0, 1, exclude_min=True, exclude_max=True)},
+        name=one_of("adamw", "muon"),
+        learning_rate=rates,
         final_fraction=numbers(0, 1),
-        warmup_steps=whole(0, 2**24),
+        warmup_steps=whole(0, MOST),
         beta1=numbers(0, 1, exclude_max=True),
         beta2=numbers(0, 1, exclude_max=True),
         weight_decay=numbers(0, 1e300),
         clip_norm=numbers(0, 1e30, exclude_min=True),
         freeze=st.lists(texts, max_size=3),
     ),
+    lora=table_of(alpha=numbers(0, 1e6, exclude_min=True), targets=st.just([])),
 ).map(with_steps_to_warm_up)
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
+amounts = numbers(0, 1e9) | st.integers(0, 10**9)
+
+
+@st.composite
+def rich_tables(draw: st.DrawFn) -> dict[str, Any]:
+    """With several files, phases, and adapters where they may be."""
+    table = draw(tables)
+    some = table_of(path=texts, weight=numbers(0, 1e9))
+    table["source"] = [
+        {"name": name, **draw(some)} for name in draw(st.lists(names, max_size=3, unique=True))
+    ]
+    known = [source["name"] for source in table["source"]] or ["data"]
+    if table["source"]:
+        table["source"][0]["weight"] = draw(numbers(0, 1e9, exclude_min=True))
+        del table["data"]["path"]
+    more = {
+        "learning_rate": rates,
+        "last_learning_rate": rates,
+        "length": whole(2),
+        "batch": whole(1),
+        "weights": st.dictionaries(st.sampled_from(known), amounts, min_size=1).filter(
+            lambda weights: any(weights.values())
+        ),
+    }
+    table["phase"] = draw(st.lists(table_of(more, steps=st.integers(1, 10**6)), max_size=3))
+    if table["phase"]:
+        table["run"]["steps"] = sum(phase["steps"] for phase in table["phase"])
+        table["optimizer"]["warmup_steps"] %= table["phase"][0]["steps"] + 1
+    if "path" in table["model"] and draw(st.booleans()):
+        table["optimizer"]["freeze"] = []
+        table["lora"] |= {"rank": draw(whole(1, 4096)), "targets": draw(st.lists(texts))}
+        table["lora"] |= draw(table_of({"base": one_of("w8a16", "w8a8", "w4a16", "fp8")}))
+    return table
+
 
 KINDS = {
     "model": ModelSection,
     "data": DataSection,
     "run": RunSection,
+    "step": StepSection,
     "optimizer": OptimizerSection,
+    "lora": LoraSection,
+}
+LISTS = {"source": Source, "phase": Phase}
+
+# What may be another when a run goes on.
+FREE = {
+    "model.layout",
+    "run.failure",
+    "run.keep",
+    "run.output",
+    "run.save_every",
+    "run.spike",
+    "run.tensorboard",
+    "step.remat",
 }
 
 
-def made(table: dict[str, dict[str, Any]]) -> Config:
-    return Config(
-        **{
-            section: KINDS[section](
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            )
-            for section, values in table.items()
-        }
-    )
+def made(table: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {}
+    for section, held in table.items():
+        if section in LISTS:
+            values[section] = tuple(LISTS[section](**each) for each in held)
+        else:
+            held = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
+            values[section] = KINDS[section](**held)
+    return Config(**values)
 
 
 def fields(of: Config) -> dict[tuple[str, str], Any]:
@@ -151,27 +245,45 @@ def refused(name: Path | str, overrides: Any = None) -> str:
 # --- TOML
 
 
-@given(tables)
-@given_files
+@given(rich_tables())
+@settings(given_files, max_examples=50)
 def test_to_toml_and_back(file: Path, table: dict[str, Any]) -> None:
     text = config.to_toml(made(table))
     file.write_text(text, encoding="utf-8")
     assert config.load(str(file), {}) == made(table)
     # What another reader of TOML finds: everything that has a value.
     found = tomllib.loads(text)
-    assert found == table
-    for section, values in table.items():
+    assert found == {section: held for section, held in table.items() if held != []}
+    for section in KINDS:
         assert {k: type(v) for k, v in found[section].items()} == {
-            k: type(v) for k, v in values.items()
+            k: type(v) for k, v in table[section].items()
         }
 
 
 def test_defaults_are_spelt_out(file: Path) -> None:
+    """But for those that are no value, and lists of tables that are empty."""
     assert tomllib.loads(config.to_toml(config.load(str(file), {}))) == {
         "model": {"preset": "nano", "tokenizer": "nano"},
-        "data": {"path": "data.jsonl", "length": 1024, "batch": 8},
-        "run": {"output": "runs/a", "steps": 200, "save_every": 500, "seed": 0},
+        "data": {
+            "path": "data.jsonl",
+            "length": 1024,
+            "batch": 8,
+            "packing": "knapsack",
+            "learn": "assistants",
+            "bad": "stop",
+        },
+        "run": {
+            "output": "runs/a",
+            "steps": 200,
+            "save_every": 500,
+            "keep": 2,
+            "seed": 0,
+            "failure": "stop",
+            "tensorboard": False,
+        },
+        "step": {"compute": "float32", "accumulate": 1, "z_loss": 0.0, "balance": 0.0},
         "optimizer": {
+            "name": "adamw",
             "learning_rate": 1e-3,
             "final_fraction": 0.1,
             "warmup_steps": 100,
@@ -181,6 +293,7 @@ def test_defaults_are_spelt_out(file: Path) -> None:
             "clip_norm": 1.0,
             "freeze": [],
         },
+        "lora": {"alpha": 16.0, "targets": []},
     }
 
 
@@ -244,8 +357,24 @@ BAD = {
     ("data", "batch"): (0, -1),
     ("run", "steps"): (0, -1, 2**24 + 1, 2**70),
     ("run", "save_every"): (0, -1, 2**24 + 1),
+    ("run", "keep"): (0, 10_001),
     ("run", "seed"): (-1, 2**31),
-    ("optimizer", "learning_rate"): (0.0, -1e-9, math.inf, math.nan),
+    ("run", "spike"): (1.0, 0.0, -2.0, math.inf, math.nan),
+    ("run", "failure"): ("go on", ""),
+    ("data", "packing"): ("best-fit",),
+    ("data", "learn"): ("assistant",),
+    ("data", "bad"): ("Skip",),
+    ("step", "compute"): ("float16", "bf16"),
+    ("step", "remat"): ("some", "None"),
+    ("step", "accumulate"): (0, 2**16 + 1),
+    ("step", "z_loss"): (-1e-9, 1.1e6, math.nan),
+    ("step", "balance"): (-1e-9, 1.1e6, math.inf),
+    ("lora", "rank"): (0, 4097),
+    ("lora", "alpha"): (0.0, 1.1e6),
+    ("lora", "base"): ("w2a16",),
+    ("optimizer", "name"): ("adam", "Muon"),
+    ("optimizer", "ema"): (0.0, 1.0, -0.5, math.nan),
+    ("optimizer", "learning_rate"): (0.0, -1e-9, 1.1e30, math.inf, math.nan),
     ("optimizer", "final_fraction"): (-1e-9, 1.0001, math.nan),
     ("optimizer", "warmup_steps"): (-1, 201),
     ("optimizer", "beta1"): (-1e-9, 1.0, 2.0, math.nan),
@@ -258,7 +387,14 @@ GOOD = {
     ("data", "batch"): (1,),
     ("run", "steps"): (100, 2**24),
     ("run", "save_every"): (1, 2**24),
+    ("run", "keep"): (1, 10_000),
     ("run", "seed"): (0, 2**31 - 1),
+    ("run", "spike"): (1.0001,),
+    ("step", "accumulate"): (1, 2**16),
+    ("step", "z_loss"): (0.0, 1e6),
+    ("step", "balance"): (0.0, 1e6),
+    ("optimizer", "ema"): (1e-9, 0.9999),
+    ("lora", "alpha"): (1e-9, 1e6),
     ("optimizer", "learning_rate"): (1e-300,),
     ("optimizer", "final_fraction"): (0.0, 1.0),
     ("optimizer", "warmup_steps"): (0, 200),
@@ -286,6 +422,147 @@ def test_what_stands_at_a_bound(file: Path, place: tuple[str, str], value: Any) 
     section, name = place
     found = config.load(str(file), {section: {name: value}})
     assert fields(found)[place] == value
+
+
+MIX = LEAST.replace('[data]\npath = "data.jsonl"\n', "").replace("200", "30")
+MIX += """
+[optimizer]
+warmup_steps = 10
+[[source]]
+name = "web"
+path = "web.jsonl"
+[[source]]
+name = "code"
+path = "code.jsonl"
+weight = 3
+[[phase]]
+steps = 20
+[[phase]]
+steps = 10
+"""
+SECOND = "steps = 10\n"  # of the last phase
+
+
+@pytest.fixture
+def mix(file: Path) -> Path:
+    file.write_text(MIX.replace("[[source]]", "[data]\n[[source]]", 1))
+    return file
+
+
+def test_files_and_phases(mix: Path) -> None:
+    found = config.load(str(mix), {})
+    assert found.sources == (Source("web", "web.jsonl"), Source("code", "code.jsonl", 3.0))
+    assert found.phase == (Phase(20), Phase(10))
+    both = {"web": 1.0, "code": 3.0}
+    assert found.stages == (
+        Stage(0, 20, 1e-3, 1e-4, 1024, 8, both),
+        Stage(20, 30, 1e-3, 1e-4, 1024, 8, both),
+    )
+
+
+def test_a_phase_has_settings_of_its_own(mix: Path) -> None:
+    more = 'length = 4096\nbatch = 2\nlearning_rate = 1e-5\nweights = {code = 1, "web" = 0.0}\n'
+    mix.write_text(mix.read_text() + more)
+    last = config.load(str(mix), {"optimizer": {"final_fraction": 0.5}}).stages[-1]
+    assert last == Stage(20, 30, 1e-5, 0.5e-5, 4096, 2, {"code": 1.0, "web": 0.0})
+    assert [type(weight) for weight in last.weights.values()] == [float, float]
+    mix.write_text(mix.read_text() + "last_learning_rate = 3e-7\n")
+    assert config.load(str(mix), {}).stages[-1].last_learning_rate == 3e-7
+
+
+def test_a_run_without_phases_is_one(file: Path) -> None:
+    found = config.load(str(file), {"data": {"length": 64, "batch": 3}})
+    assert found.sources == (Source("data", "data.jsonl"),)
+    assert found.stages == (Stage(0, 200, 1e-3, 1e-4, 64, 3, {"data": 1.0}),)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"web.jsonl"', "5", "source[0]: path must be a string, not 5"),
+        ('name = "web"\n', "", "source[0]: missing name"),
+        ('"web"', '"a b"', "source[0]: name must be letters, digits, '.', '_' and '-', not 'a b'"),
+        ('"web"', '""', "source[0]: name must be letters"),
+        ('"web"', '"../web"', "source[0]: name must be letters"),
+        ('"web"', f'"{"x" * 65}"', "source[0]: name must be letters"),
+        ('"web"', '"a\\nb"', "not 'a\\x0ab'"),
+        ('"web"', '"code"', "two [[source]] have the same name"),
+        ("weight = 3", "weight = -1", "source[1]: weight must be from 0 to 1e9, not -1.0"),
+        ("weight = 3", "weight = 2e9", "source[1]: weight must be from 0 to 1e9"),
+        ("weight = 3", "weight = nan", "source[1]: weight must be a finite number"),
+        ("weight = 3", "wieght = 3", "unknown key 'wieght'; did you mean weight?"),
+        ("[data]", '[data]\npath = "x"', "give either data.path or a [[source]] for each"),
+        ("[data]\n", "[data]\nlength = 1\n", "length must be at least 2, not 1"),
+        (SECOND, "steps = 0", "phase[1]: steps must be from 1 to 16777216, not 0"),
+        (SECOND, "steps = 9", "the phases have 29 steps, but run.steps is 30"),
+        (SECOND, "", "phase[1]: missing steps"),
+        (SECOND, SECOND + "length = 1", "phase[1]: length must be at least 2, not 1"),
+        (SECOND, SECOND + "batch = 0", "phase[1]: batch must be at least 1, not 0"),
+        (SECOND, SECOND + "learning_rate = 0", "phase[1]: learning_rate must be above 0"),
+        (SECOND, SECOND + "last_learning_rate = 1e31", "last_learning_rate must be above 0, and a"),
+        (SECOND, SECOND + "warmup_steps = 3", "phase[1]: unknown key 'warmup_steps'"),
+        (SECOND, SECOND + "weights = [1]", "phase[1]: weights must be an object, not [1]"),
+        (SECOND, SECOND + "weights = {}", "phase 2: all weights are 0"),
+        (SECOND, SECOND + "weights = {web = 0}", "phase 2: all weights are 0"),
+        (SECOND, SECOND + "weights = {web = -1}", "weights.web must be from 0 to 1e9, not -1.0"),
+        (SECOND, SECOND + "weights = {web = '1'}", 'weights.web must be a number, not "1"'),
+        (SECOND, SECOND + "weights = {web = true}", "weights.web must be a number, not true"),
+        (SECOND, SECOND + 'weights = {"a\\nb" = "1"}', "weights.a\\x0ab must be a number"),
+        (SECOND, SECOND + 'weights = {"a\\nb" = -1}', "weights.a\\x0ab must be from 0 to 1e9"),
+        (SECOND, SECOND + 'weights = {"a\\nb" = 1}', "phase 2: no [[source]] is called 'a\\x0ab'"),
+        (SECOND, SECOND + "weights = {wbe = 1}", "is called 'wbe'; did you mean web?"),
+        ("warmup_steps = 10", "warmup_steps = 21", "(21) are more than the first phase (20)"),
+        ("[[phase]]", "[phase]", "not valid TOML"),
+    ],
+)
+def test_bad_files_and_phases_are_one_line(mix: Path, old: str, new: str, complaint: str) -> None:
+    mix.write_text(instead(mix.read_text(), old, new))
+    message = refused(mix)
+    assert message.startswith(f"{mix}: ")
+    assert complaint in message
+
+
+def instead(text: str, old: str, new: str) -> str:
+    """The text with something else for the last `old`."""
+    before, found, after = text.rpartition(old)
+    assert found
+    return before + new + after
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("source = 5\n" + LEAST, "source must be a list, not 5"),
+        ("phase = [1]\n" + LEAST, "phase[0] must be a table, not 1"),
+        (LEAST + "[source]\nname = 'a'\n", 'source must be a list, not {"name": "a"}'),
+        (LEAST + "[[phase]]\n[phase.steps]\n", "phase[0]: steps must be an integer, not {}"),
+    ],
+)
+def test_lists_of_tables_are_such(file: Path, text: str, complaint: str) -> None:
+    file.write_text(text)
+    assert refused(file) == f"{file}: {complaint}"
+
+
+def test_a_file_on_the_command_line_is_not_beside_others(mix: Path) -> None:
+    assert "give either data.path or a [[source]]" in refused(mix, {"data": {"path": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"rank": 8}, "lora.rank needs a model.path"),
+        ({"targets": ("mlp.*",)}, "lora: targets and base need a rank"),
+        ({"base": "fp8"}, "lora: targets and base need a rank"),
+    ],
+)
+def test_adapters_need_what_they_stand_beside(
+    file: Path, overrides: dict[str, Any], complaint: str
+) -> None:
+    assert complaint in refused(file, {"lora": overrides})
+    trained = {"model": {"path": "folder"}, "lora": {"rank": 8}}
+    assert config.load(str(file), trained).lora.scale == 2.0
+    frozen = {**trained, "optimizer": {"freeze": ("embed",)}}
+    assert "optimizer.freeze: with lora.rank" in refused(file, frozen)
 
 
 @pytest.mark.parametrize(
@@ -316,13 +593,18 @@ def test_overrides_win_and_the_rest_stays(
     file: Path, written: dict[str, Any], other: dict[str, Any], data: st.DataObject
 ) -> None:
     # Of a model of another kind, all or nothing.
-    kinds_differ = written["model"].keys() != other["model"].keys()
-    places = [(s, n) for s in written for n in other[s] if s != "model" or not kinds_differ]
+    kinds_differ = ("path" in written["model"]) != ("path" in other["model"])
+    places = [
+        (s, n)
+        for s in written
+        for n in other[s]
+        if s != "model" or n == "layout" or not kinds_differ
+    ]
     chosen = set(data.draw(st.lists(st.sampled_from(sorted(places)))))
     expected = {section: dict(values) for section, values in written.items()}
     if kinds_differ and data.draw(st.booleans()):
         chosen |= {("model", name) for name in other["model"]}
-        expected["model"] = {}
+        expected["model"] = {n: v for n, v in written["model"].items() if n == "layout"}
     overrides: dict[str, dict[str, Any]] = {}
     for section, name in chosen:
         overrides.setdefault(section, {})[name] = other[section][name]
@@ -397,8 +679,8 @@ def test_differences_are_what_changed(
     new = made(mixed)
     before, after = fields(made(old)), fields(new)
     changed = {f"{s}.{n}" for s, n in before if before[s, n] != after[s, n]}
-    changed -= {"run.output", "run.save_every"}
     found = config.differences(made(old), new)
+    changed -= FREE
     assert len(found) == len(changed)
     assert {line.split(" was ")[0] for line in found} == changed
     assert config.differences(new, new) == []
@@ -412,14 +694,30 @@ def test_a_difference_tells_both(file: Path) -> None:
         ("run", "seed", 1, "run.seed was 0, now 1"),
     ):
         assert config.differences(old, config.load(str(file), {section: {name: value}})) == [line]
-    for name, value in (("output", "elsewhere"), ("save_every", 3)):
-        assert config.differences(old, config.load(str(file), {"run": {name: value}})) == []
+    other: dict[str, Any] = dict(
+        output="x", save_every=3, keep=5, spike=2.0, failure="skip", tensorboard=True
+    )
+    elsewhere = {"run": other, "step": {"remat": "full"}, "model": {"layout": "fsdp"}}
+    assert config.differences(old, config.load(str(file), elsewhere)) == []
     begun = config.load(str(file), {"model": {"path": "x"}})
     assert config.differences(old, begun) == [
         'model.preset was "nano", now null',
         'model.path was null, now "x"',
         'model.tokenizer was "nano", now null',
     ]
+
+
+def test_other_files_or_phases_are_another_run(mix: Path) -> None:
+    old, text = config.load(str(mix), {}), mix.read_text()
+    for before, after, kind in (
+        ("weight = 3", "weight = 4", "source"),
+        ("web.jsonl", "more.jsonl", "source"),
+        (SECOND, SECOND + "batch = 4\n", "phase"),
+    ):
+        mix.write_text(instead(text, before, after))
+        assert config.differences(old, config.load(str(mix), {})) == [f"a [[{kind}]] is another"]
+    mix.write_text(text[: text.index("[[phase]]")])
+    assert config.differences(old, config.load(str(mix), {})) == ["a [[phase]] is another"]
 
 
 @pytest.mark.parametrize("value", ["x\ny\x1b\u2028\x85", "x" * 10_000, "模型\u202e"])
@@ -463,6 +761,9 @@ def test_every_field_is_a_flag(
     groups = [[str(file)]]
     for section, values in table.items():
         for name, value in values.items():
+            if isinstance(value, bool):
+                groups.append([f"--{section}.{name}"] * value)
+                continue
             items = value if isinstance(value, list) else [value]
             words = [item if isinstance(item, str) else repr(item) for item in items]
             groups.append([f"--{section}.{name}={word}" for word in words])
@@ -500,6 +801,11 @@ def test_a_value_may_be_a_word_of_its_own() -> None:
         (["sft", "--optimizer.learning-rate=1"], "did you mean --optimizer.learning_rate?"),
         (["sft", "nano", "--steps=5"], "unknown option '--steps'"),
         (["sft", "nano", "--run", "5"], "unknown option '--run'"),
+        (["sft", "nano", "--source.path", "x"], "unknown option '--source.path'"),
+        (["sft", "nano", "--phase", "x"], "unknown option '--phase'"),
+        (["sft", "nano", "--step.remat", "some"], "'some' is not one of none, dots, full"),
+        (["sft", "nano", "--optimizer.name=adam"], "'adam' is not one of adamw, muon"),
+        (["sft", "nano", "--optimizer.ema="], "'' is not X"),
         (["sft", "nano", "--overrides", "{}"], "unknown option '--overrides'"),
         (["sft", "nano", "--run.steps"], "--run.steps: expected one argument"),
         (["sft", "nano", "--run.steps", "five"], "--run.steps: 'five' is not N"),
@@ -552,9 +858,12 @@ def test_help_names_every_field(capsys, command: str) -> None:
         parse(command, "--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.type):
-            assert f"--{section.name}.{field.name} " in text
+    for section, kind in KINDS.items():
+        for field in dataclasses.fields(kind):
+            assert f"--{section}.{field.name} " in text.replace("\n", " \n")
+    assert KINDS.keys() | LISTS.keys() == {field.name for field in dataclasses.fields(Config)}
+    assert "--source" not in text
+    assert "--phase" not in text
 
 
 def test_neither_help_nor_a_mistake_imports_jax() -> None:

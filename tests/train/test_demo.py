@@ -8,10 +8,11 @@ import pytest
 
 import pangu_jax
 from train import __main__ as door
-from train import data, demo, loop, tasks
+from train import demo, loop, sft, tasks
 from train.commands import Demo
 from train.config import Config
-from train.packing import pack
+from train.data.feed import Rows
+from train.data.mixture import Data
 from train.tasks import files
 
 
@@ -67,6 +68,9 @@ def test_the_whole_demo_goes_through_its_examples_about_once(model: str, tmp_pat
     config = demo.configuration(Demo(model=model), tmp_path)
     count = 640
     files.write(tmp_path / "tasks", list(tasks.TASKS), count, 0, 0)
-    tokenizer = pangu_jax.Tokenizer.load(loop.tokenizer_folder(config))
-    rows = pack(data.conversations(Path(config.data.path), tokenizer), config.data.length)
+    home = loop.tokenizer_folder(config)
+    tokenizer = pangu_jax.Tokenizer.load(home)
+    (store,) = Data(config, sft.READER, tokenizer, home, tmp_path / "data").stores.values()
+    rows = Rows(store, config.data.length, config.data.packing, sft.READER.cut)
+    assert rows.left_out == 0
     assert demo.EXAMPLES * len(rows) / config.data.batch == pytest.approx(count, rel=0.1)

@@ -5,54 +5,58 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pangu_jax
 from pangu_jax import build
+from pangu_jax.errors import ConfigError
+from pangu_jax.model import Remat
 from tests import layouts
+from tests.train import batches
 from train import __main__ as door
 from train import objectives
 from train import optimizer as optimizers
 from train import step as steps
 from train.checkpoints import Checkpoints, shapes
-from train.config import OptimizerSection
-from train.objectives import Batch
-from train.packing import Example, pack
+from train.config import OptimizerSection, Stage
+from train.objectives import Batch, Objective
 from train.step import Metrics, State
 
 # A low rate: Adam makes whole steps of gradients that are nothing but rounding (key biases have
 # some), and these differ.
-SECTION = OptimizerSection(learning_rate=2e-4, warmup_steps=0, weight_decay=0.1)
+SECTION = OptimizerSection(learning_rate=1e-4, warmup_steps=0, weight_decay=0.1)
+MUON = dataclasses.replace(SECTION, name="muon")
+WEIGHTED = Objective(z_loss=0.1, balance=20.0)
+
+
+def made(section: OptimizerSection) -> optax.GradientTransformation:
+    return optimizers.make(section, [Stage.whole(section, 10)])
 
 
 def some_batch(rows: int, length: int, vocab: int) -> Batch:
     """Packed examples of several lengths, with padding behind them and prompts not learnt."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(length // 3, length, 2 * rows)
-    examples = [
-        Example(rng.integers(3, vocab, size).astype(np.int32), np.arange(size) >= 2)
-        for size in sizes
-    ]
-    return pack(examples, length).batch(np.arange(rows))
+    sizes = np.random.default_rng(0).integers(length // 3, length, 2 * rows).tolist()
+    return batches.packed(batches.examples(sizes, vocab, learnt=0.8), length, rows)
 
 
 class Trained:
-    """A nano-moge of one layer and random weights after two steps under a layout."""
+    """A MoGE after two steps under a layout, with all parts of an objective and a running mean."""
 
     def __init__(self, where: str | None) -> None:
-        config = dataclasses.replace(pangu_jax.preset("nano-moge"), num_layers=1)
         placed = None if where is None else layouts.named(where)
-        like = layouts.abstract(config, placed)
-        weights = layouts.lively(layouts.init(config))
+        like = layouts.abstract(layouts.MOGE, placed)
+        weights = layouts.lively(layouts.init(layouts.MOGE))
         model = build.with_weights(like, jax.device_put(weights, build.places(like)))
-        self.batch = some_batch(3, 20, config.vocab_size)
-        self.optimizer = optimizers.make(SECTION, 10)
-        self.step = jax.jit(steps.make(model, self.optimizer))
-        self.states = [steps.start(model, self.optimizer, frozen)]
+        self.batch = some_batch(3, 20, 97)
+        self.optimizer = made(SECTION)
+        self.step = jax.jit(steps.make(model, self.optimizer, WEIGHTED, ema=0.9))
+        self.states = [steps.start(model, self.optimizer, frozen, ema=True)]
         self.metrics: list[Metrics] = []
         for _ in range(2):
             state, metrics = self.step(self.states[-1], self.batch)
@@ -97,13 +101,20 @@ def numbers(state: State) -> dict[str, Any]:
 
 def test_a_step_is_that_of_one_device(one: Trained, many: Trained) -> None:
     for got, wanted in zip(many.metrics, one.metrics, strict=True):
-        np.testing.assert_allclose(got.loss, wanted.loss, rtol=1e-5)
-        np.testing.assert_allclose(got.grad_norm, wanted.grad_norm, rtol=1e-5)
+        same_metrics(got, wanted)
     assert float(one.metrics[1].loss) < float(one.metrics[0].loss)
     for got, wanted in zip(many.states, one.states, strict=True):
         layouts.close_leaves(got.trainable, wanted.trainable)
+        layouts.close_leaves(got.ema, wanted.ema)
         layouts.close_leaves(got.frozen, wanted.frozen, 0)
     layouts.close_leaves(numbers(many.states[-1]), numbers(one.states[-1]), 1e-4)
+
+
+def same_metrics(got: Metrics, wanted: Metrics) -> None:
+    for name in ("loss", "grad_norm", "weight_norm", "z", "balance"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-5)
+    np.testing.assert_array_equal(got.router.load, wanted.router.load)
+    np.testing.assert_allclose(got.router.entropy, wanted.router.entropy, rtol=1e-5)
 
 
 def test_a_step_compiles_once_and_leaves_everything_in_its_place(many: Trained) -> None:
@@ -113,17 +124,18 @@ def test_a_step_compiles_once_and_leaves_everything_in_its_place(many: Trained) 
         assert [leaf.sharding for leaf in jax.tree.leaves(state)] == places
 
 
-def test_moments_lie_with_their_weights() -> None:
-    """FSDP would be of little use otherwise."""
-    model = layouts.abstract(layouts.MOGE, layouts.named("fsdp"))
+@pytest.mark.parametrize(("section", "moments"), [(SECTION, 2), (MUON, 1)], ids=["adamw", "muon"])
+def test_moments_lie_with_their_weights(section: OptimizerSection, moments: int) -> None:
+    """FSDP would be of little use otherwise. Muon has one of matrices."""
+    like = layouts.abstract(layouts.MOGE, layouts.named("fsdp"))
     weights = layouts.lively(layouts.init(layouts.MOGE))
-    start = build.with_weights(model, jax.device_put(weights, build.places(model)))
-    state = steps.start(start, optimizers.make(SECTION, 10), frozen)
+    model = build.with_weights(like, jax.device_put(weights, build.places(like)))
+    state = steps.start(model, made(section), frozen, ema=True)
     held = jax.tree_util.tree_leaves_with_path(state.optimizer)
     for name in ("embed", "blocks.0.mlp.down", "blocks.0.attention.qkv"):
         parts = [leaf for path, leaf in held if f"'{name}'" in jax.tree_util.keystr(path)]
-        assert len(parts) == 2
-        for leaf in parts:
+        assert len(parts) == (2 if name == "embed" else moments)
+        for leaf in (*parts, state.ema[name]):
             assert leaf.sharding == state.trainable[name].sharding
             assert leaf.addressable_shards[0].data.size == leaf.size // 8
 
@@ -149,18 +161,156 @@ def test_a_checkpoint_of_one_layout_is_restored_under_another(one: Trained, tmp_
         np.testing.assert_allclose(metrics.loss, same.loss, rtol=1e-5)
 
 
+# Gradients as its state, and weights that stay.
+SPY = optax.GradientTransformation(
+    lambda leaves: jax.tree.map(jnp.zeros_like, leaves),
+    lambda grads, state, leaves: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+@functools.cache
+def spied(
+    name: str,
+    where: str | None,
+    kind: str = "flashcomm1",
+    parts: int = 1,
+    remat: Remat | None = None,
+    dtype: str = "float32",
+) -> tuple[dict[str, Any], Metrics]:
+    """Gradients of the whole objective of one of `layouts.MODELS`, and metrics. There are 5 rows:
+    no number of devices or parts divides them.
+    """
+    config = layouts.MODELS[name]
+    like = layouts.abstract(config, None if where is None else layouts.named(where, kind))
+    weights = layouts.lively(layouts.init(config))
+    model = build.with_weights(like, jax.device_put(weights, build.places(like)))
+    wanted = dataclasses.replace(WEIGHTED, remat=remat)
+    step = jax.jit(steps.make(model, SPY, wanted, dtype, parts))
+    state, metrics = step(steps.start(model, SPY, lambda name: False), some_batch(5, 12, 97))
+    return state.optimizer, metrics
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "kind"),
+    [
+        slow("tied", "h2p-8", "all_reduce"),
+        slow("moge", "fsdp", "flashcomm1"),
+        *(
+            slow(name, where, kind)
+            for kind in ("flashcomm1", "all_reduce")
+            for name, where in (
+                ("moge", "h2p-8"),
+                ("moge", "ep8"),
+                ("moge", "h2p-4x2"),
+                ("moge", "fsdp-h2p-4x2"),
+                ("moge", "two axes of heads"),
+                ("moge", "nothing shared"),
+                ("moge", "another order"),
+                ("pairs", "h2p-8"),
+                ("topk", "h2p-8"),
+                ("topk", "two axes of heads"),
+                ("dense", "tp8"),
+                ("tied", "fsdp-h2p-4x2"),
+            )
+        ),
+    ],
+)
+def test_the_objective_is_that_of_one_device(name: str, where: str, kind: str) -> None:
+    """With its parts, what the routers did, and its gradients."""
+    grads, metrics = spied(name, where, kind)
+    exact, wanted = spied(name, None)
+    if metrics.router is not None:
+        same_metrics(metrics, wanted)
+    np.testing.assert_allclose([metrics.loss, metrics.z], [wanted.loss, wanted.z], rtol=1e-5)
+    layouts.close_leaves(grads, exact)
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "parts"),
+    [
+        ("h2p-8", "all_reduce", 3),
+        slow("fsdp", "flashcomm1", 3),
+        slow("h2p-8", "flashcomm1", 2),
+        slow("fsdp", "flashcomm1", 2),
+        slow("fsdp-h2p-4x2", "flashcomm1", 2),
+        slow("another order", "all_reduce", 3),
+    ],
+)
+def test_parts_are_those_of_one_device(where: str, kind: str, parts: int) -> None:
+    """Cross-entropy and z-loss are also those of the whole."""
+    grads, metrics = spied("moge", where, kind, parts)
+    exact, wanted = spied("moge", None, parts=parts)
+    same_metrics(metrics, wanted)
+    layouts.close_leaves(grads, exact)
+    _, whole = spied("moge", None)
+    np.testing.assert_allclose([metrics.loss, metrics.z], [whole.loss, whole.z], rtol=1e-5)
+    np.testing.assert_array_equal(metrics.router.load, whole.router.load)
+    assert abs(float(metrics.balance) / float(whole.balance) - 1) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("where", ["h2p-8", "fsdp"])
+def test_what_is_computed_again_changes_nothing(where: str, remat: Remat) -> None:
+    if (where, remat) == ("fsdp", "none"):
+        with pytest.raises(ConfigError, match=r"^remat none: under fsdp"):
+            spied("moge", where, remat=remat)
+        return
+    grads, metrics = spied("moge", where, remat=remat)
+    exact, wanted = spied("moge", where)
+    np.testing.assert_allclose(metrics.loss, wanted.loss, rtol=1e-6)
+    layouts.close_leaves(grads, exact, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["h2p-8", "fsdp"])
+def test_bfloat16_is_about_that_of_one_device(where: str) -> None:
+    """Sums over devices are rounded, too."""
+    grads, metrics = spied("moge", where, dtype="bfloat16")
+    exact, wanted = spied("moge", None)
+    np.testing.assert_allclose([metrics.loss, metrics.z], [wanted.loss, wanted.z], rtol=0.01)
+    flat = lambda leaves: np.concatenate([np.asarray(leaves[n]).ravel() for n in sorted(exact)])
+    one, other = flat(exact), flat(grads)
+    assert other.dtype == np.float32
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.97
+
+
+@pytest.mark.parametrize("where", ["fsdp", slow("h2p-8"), slow("fsdp-h2p-4x2"), slow("tp8")])
+def test_muon_is_that_of_one_device(where: str) -> None:
+    """A matrix is made orthogonal as a whole, whatever parts of it lie where."""
+    exact, _ = spied("moge", None)
+    grads = {name: np.asarray(leaf) for name, leaf in exact.items()}
+    weights, found = layouts.lively(layouts.init(layouts.MOGE)), []
+    for placed in (None, layouts.named(where)):
+        places = build.places(layouts.abstract(layouts.MOGE, placed))
+        optimizer = made(MUON)
+
+        @jax.jit
+        def two(grads: Any, own: Any, optimizer: Any = optimizer) -> Any:
+            with jax.numpy_dtype_promotion("standard"):
+                _, state = optimizer.update(grads, optimizer.init(own), own)
+                return optimizer.update(grads, state, own)[0]
+
+        found.append(two(*jax.device_put((grads, weights), (places, places))))
+    layouts.close_leaves(found[1], found[0], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "where", "kind"),
     [
         ("dense", "two axes of heads", "flashcomm1"),
-        pytest.param("moge", "h2p-8", "flashcomm1", marks=pytest.mark.slow),
-        pytest.param("moge", "h2p-8", "all_reduce", marks=pytest.mark.slow),
-        pytest.param("moge", "fsdp-h2p-4x2", "all_reduce", marks=pytest.mark.slow),
-        pytest.param("moge", "ep8", "flashcomm1", marks=pytest.mark.slow),
-        pytest.param("moge", "another order", "flashcomm1", marks=pytest.mark.slow),
-        pytest.param("tied", "tp8", "flashcomm1", marks=pytest.mark.slow),
-        pytest.param("tied", "fsdp", "flashcomm1", marks=pytest.mark.slow),
-        pytest.param("dense", "nothing shared", "all_reduce", marks=pytest.mark.slow),
+        slow("moge", "h2p-8", "flashcomm1"),
+        slow("moge", "h2p-8", "all_reduce"),
+        slow("moge", "fsdp-h2p-4x2", "all_reduce"),
+        slow("moge", "ep8", "flashcomm1"),
+        slow("moge", "another order", "flashcomm1"),
+        slow("tied", "tp8", "flashcomm1"),
+        slow("tied", "fsdp", "flashcomm1"),
+        slow("dense", "nothing shared", "all_reduce"),
     ],
 )
 def test_long_rows_in_chunks(
@@ -174,7 +324,9 @@ def test_long_rows_in_chunks(
     for placed, chunk in ((None, 1024), (layouts.named(where, kind), 50)):
         monkeypatch.setattr(objectives, "CHUNK", chunk)
         like = layouts.abstract(config, placed)
-        loss = lambda own, like=like: objectives.loss(build.with_weights(like, own), batch)
+        loss = lambda own, like=like: objectives.objective(
+            build.with_weights(like, own), batch, WEIGHTED
+        )[0]
         found.append(jax.jit(jax.value_and_grad(loss))(jax.device_put(weights, build.places(like))))
     (wanted, exact), (got, grads) = found
     np.testing.assert_allclose(got, wanted, rtol=1e-5)

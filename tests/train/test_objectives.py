@@ -26,6 +26,7 @@ from train import objectives
 from train.data.examples import Example
 from train.objectives import Objective
 
+SLOW = pytest.mark.slow
 LENGTHS = (5, 17, 1, 30, 9, 24, 2, 31)
 WIDTH = 32
 SMALL = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
@@ -67,7 +68,7 @@ def examples() -> list[Example]:
 # --- the cross-entropy
 
 
-@pytest.mark.parametrize("form", get_args(Form))
+@pytest.mark.parametrize("form", ["stacked", pytest.param("separate", marks=SLOW)])
 def test_a_packed_batch_is_its_examples(form: Form, examples: list[Example]) -> None:
     """Loss and gradients, to 1e-5 of the largest number of each leaf."""
     model = make_model("nano", form)
@@ -111,8 +112,8 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_to_learn_is_zero_and_has_zero_gradients() -> None:
-    model = make_model("nano")
-    batch = batches.alone(batches.examples([10], learnt=0), WIDTH)
+    model = lively("dense")
+    batch = batches.alone(batches.examples([10], vocab=97, learnt=0), 10)
     of = jax.jit(lambda model: objectives.objective(model, batch, Objective(z_loss=1.0)))
     (value, measures), back = jax.vjp(of, model)
     assert value == measures.cross_entropy == measures.z == 0
@@ -134,7 +135,9 @@ def test_long_rows_go_through_attention_in_blocks() -> None:
 # --- the whole objective
 
 
-@pytest.mark.parametrize("name", ["dense", "moge", "pairs", "topk"])
+@pytest.mark.parametrize(
+    "name", ["dense", "moge", *(pytest.param(name, marks=SLOW) for name in ("pairs", "topk"))]
+)
 def test_the_parts_of_the_objective_are_numpys(name: str) -> None:
     """In float64, from the logits and the routing of single examples; prompts are routed, too, and
     padding counts for nothing.
@@ -284,7 +287,7 @@ def of_remat(name: str, remat: Remat | None) -> Any:
     return lambda own: objectives.objective(build.with_weights(model, own), rows, wanted)[0]
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("moge", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dense", pytest.param("moge", marks=SLOW)])
 def test_what_is_computed_again_changes_nothing(name: str) -> None:
     own = build.weights(lively(name))
     run = lambda remat: jax.jit(jax.value_and_grad(of_remat(name, remat)))(own)
@@ -295,7 +298,7 @@ def test_what_is_computed_again_changes_nothing(name: str) -> None:
         layouts.close_leaves(grads, exact, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["dense", "moge"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("moge", marks=SLOW)])
 def test_how_much_is_computed_again(name: str) -> None:
     """Products, in the order of `Remat`: nothing, those of attention, all of a layer's. No choice
     is to compute nothing again.

@@ -1,6 +1,7 @@
 """The plan command of training: a step of the nano run on machines that are not here."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,7 +14,9 @@ import pytest
 
 import pangu_jax
 from infer.plan import command as plans
+from pangu_jax.plan import target as targets
 from train import __main__ as door
+from train import config as configs
 from train import plan
 
 ORACLE = Path(__file__).parent.parent / "oracle"
@@ -113,7 +116,7 @@ def test_what_does_not_fit_says_so_and_what_to_do(capsys) -> None:
     assert "DOES NOT FIT" in out.splitlines()[0]
     assert "- 16 devices (mesh.data = 16): saves" in out
     assert "- 4 sequences instead of 8: saves" not in out  # each device has one in any case
-    assert "bfloat16" not in out
+    assert "- bfloat16 instead of float32: saves" in out
 
 
 def test_a_chart(capsys, tmp_path: Path) -> None:
@@ -176,6 +179,163 @@ def test_the_data_are_not_read(capsys, tmp_path: Path) -> None:
     flags = ("--data.path", str(tmp_path / "none.jsonl"), "--run.output", str(tmp_path / "run"))
     as_json(capsys, "--target", "v5e", "--formulas", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- phases, and how a step is computed
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A run of a model of two layers."""
+    (tmp_path / "tiny.toml").write_text(TOML)
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f"""
+[model]
+preset = "{tmp_path / "tiny.toml"}"
+tokenizer = "nano"
+[data]
+path = "none.jsonl"
+length = 16
+batch = 4
+[run]
+output = "none"
+steps = 30
+[optimizer]
+warmup_steps = 1
+"""
+    )
+    return run
+
+
+def of_file(capsys: pytest.CaptureFixture[str], file: Path, *argv: str) -> dict[str, Any]:
+    assert door.main(["plan", str(file), "--target", "cpu", "--formulas", "--json", *argv]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["plans"]
+    return one
+
+
+@pytest.mark.parametrize(
+    ("phases", "batch", "length"),
+    [
+        (["", "batch = 3"], 4, 16),
+        (["", "batch = 9"], 9, 16),
+        (["batch = 9", "length = 64", "length = 48"], 4, 64),
+        (["length = 64\nbatch = 1", "length = 32\nbatch = 2"], 1, 64),
+        (["length = 32\nbatch = 2", "length = 64\nbatch = 1"], 1, 64),
+        (["length = 8\nbatch = 9", "length = 64\nbatch = 1"], 9, 8),
+    ],
+)
+def test_the_largest_phase_is_planned(
+    capsys, tiny: Path, phases: list[str], batch: int, length: int
+) -> None:
+    """Most tokens in a step; of as many tokens the longest rows, whose scores take more."""
+    steps = [30 - len(phases) + 1, *[1] * (len(phases) - 1)]
+    tables = [f"[[phase]]\nsteps = {n}\n{own}\n" for n, own in zip(steps, phases, strict=True)]
+    tiny.write_text(tiny.read_text() + "".join(tables))
+    one = of_file(capsys, tiny)
+    assert (one["batch"], one["context"]) == (batch, length)
+
+
+def test_no_phase_is_longer_than_the_model(capsys, tiny: Path) -> None:
+    """Not even one whose batches are small."""
+    phases = "[[phase]]\nsteps = 29\n[[phase]]\nsteps = 1\nbatch = 1\nlength = 65\n"
+    tiny.write_text(tiny.read_text().replace("batch = 4", "batch = 400") + phases)
+    assert door.main(["plan", str(tiny), "--target", "cpu", "--formulas"]) == 2
+    assert capsys.readouterr().err == "error: data.length: the model has only 64 positions\n"
+
+
+SIZES = {
+    "embed": 64 * 16,
+    "head": 64 * 16,
+    "norms": 5 * 16,
+    "biases": 2 * (2 * 2 * 8 + 16),
+    "qkv": 2 * 4 * 8 * 16,
+    "out": 2 * 16 * 16,
+    "mlp": 2 * 3 * 24 * 16,
+}
+MATRICES = SIZES["qkv"] + SIZES["out"] + SIZES["mlp"]
+WHOLE = sum(SIZES.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "held"),
+    [
+        ({}, 3 * WHOLE),
+        ({"optimizer": {"ema": 0.99}}, 4 * WHOLE),
+        ({"optimizer": {"name": "muon"}}, 3 * WHOLE - MATRICES + 3),
+        ({"optimizer": {"freeze": ("embed",)}}, 3 * WHOLE - 2 * SIZES["embed"]),
+        ({"step": {"compute": "bfloat16"}}, 3 * WHOLE),
+        ({"step": {"accumulate": 3, "z_loss": 0.1, "balance": 0.1}}, 3 * WHOLE),
+        ({"step": {"remat": "full"}}, 3 * WHOLE),
+        ({"step": {"remat": "dots"}}, 3 * WHOLE),
+        ({"step": {"remat": "none"}}, 3 * WHOLE),
+    ],
+    ids=str,
+)
+def test_every_kind_of_step_is_lowered(tiny: Path, flags: dict[str, Any], held: int) -> None:
+    """It holds weights and moments in float32, and gives back what it took."""
+    config = configs.load(str(tiny), flags)
+    lowered = plan.lower(config, plan.of(config, targets.load("cpu")))
+    state, batch = lowered.args_info[0]
+    assert {leaf.shape for leaf in jax.tree.leaves(batch)} == {(4, 16)}
+    floats = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == "float32"]
+    assert sum(math.prod(leaf.shape) for leaf in floats) == held
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    after, _ = lowered.out_info
+    assert [leaf.shape for leaf in jax.tree.leaves(after)] == [
+        leaf.shape for leaf in jax.tree.leaves(state)
+    ]
+    low = flags.get("step", {}).get("compute") == "bfloat16"
+    assert ("bf16" in lowered.as_text()) == low
+
+
+def test_products_of_bfloat16_are_faster_and_masters_as_large(capsys) -> None:
+    plain = as_json(capsys, "--target", "v5e", "--formulas")
+    low = as_json(capsys, "--target", "v5e", "--formulas", "--step.compute", "bfloat16")
+    flops = plain["formula"]["flops"]
+    assert low["formula"]["flops"] == flops
+    assert plain["seconds"]["compute"] == pytest.approx(flops / 32.8e12)
+    assert low["seconds"]["compute"] == pytest.approx(flops / 197e12)
+    assert (plain["dtype"], low["dtype"]) == ("float32", "bfloat16")
+    assert plain["formula"]["weights"] == 4 * WEIGHTS
+    assert low["formula"]["weights"] >= 4 * WEIGHTS
+    assert low["formula"]["working"] < plain["formula"]["working"]
+
+
+def test_a_running_mean_is_held_too(capsys) -> None:
+    one = as_json(capsys, "--target", "v5e", "--formulas", "--optimizer.ema=0.99")
+    assert one["formula"]["weights"] == 5 * WEIGHTS
+
+
+def test_adapters_are_not_planned(capsys) -> None:
+    folder = ORACLE / "dense-tiny"
+    flags = ("--model.path", str(folder), "--data.length", "16", "--lora.rank", "2")
+    code, out, err = run(capsys, "--target", "cpu", "--formulas", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: lora.rank: adapters are not planned yet")
+
+
+def test_fsdp_without_recomputing_is_one_line(capsys) -> None:
+    flags = ("--target", "cpu:8", "--model.layout", "fsdp", "--step.remat", "none")
+    code, out, err = run(capsys, *flags)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: remat none: under fsdp ")
+    assert err.count("error: ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano", "nano-moge"])
+def test_all_of_it_is_compiled_for_eight_devices(capsys, name: str) -> None:
+    """Moments and means lie with their weights, whatever optimizer they are of."""
+    flags = ("--model.preset", name, "--model.tokenizer", "nano", "--model.layout", "fsdp")
+    more = ("--step.compute", "bfloat16", "--step.accumulate", "2", "--step.remat", "dots")
+    more += ("--optimizer.ema=0.99", "--step.z_loss=1e-4", "--step.balance=0.01")
+    plain = as_json(capsys, "--target", "cpu:8", *flags, *more)
+    muon = as_json(capsys, "--target", "cpu:8", *flags, *more, "--optimizer.name=muon")
+    formula = as_json(capsys, "--target", "cpu:8", *flags, "--formulas")["formula"]
+    held = formula["weights"] / 4  # that is weights, gradients and two moments
+    assert 4 * held <= plain["compiled"]["resident"] < 4.2 * held
+    assert 3 * held <= muon["compiled"]["resident"] < 4 * held
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,20 @@ from pangu_jax import build
 from pangu_jax.model import Pangu
 from tests import layouts
 from tests.train import batches
+from train import optimizer as optimizers
 from train import step as steps
+from train.config import (
+    Config,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    Stage,
+    StepSection,
+)
 from train.data.examples import Example
 from train.objectives import Batch, Objective
+from train.recipe import Recipe
 from train.step import Metrics, State, Step
 
 WEIGHTED = Objective(z_loss=0.1, balance=20.0)
@@ -221,7 +233,7 @@ def test_balance_is_the_mean_of_the_parts(parts: int) -> None:
     np.testing.assert_array_equal(metrics.router.load, sum(load for _, load, _ in found))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_gradients_of_parts_are_those_of_a_naive_formula(parts: int) -> None:
     """Each leaf to 1e-5 of its largest number; and the norm is that of all."""
     rows = batches.alone(several(), 12)
@@ -238,17 +250,21 @@ def test_gradients_of_parts_are_those_of_a_naive_formula(parts: int) -> None:
     assert float(metrics.grad_norm) == pytest.approx(squares**0.5, rel=1e-5)
 
 
-def test_more_parts_than_rows(model: Pangu, batch: Batch) -> None:
-    """The others are nothing but padding."""
-    found = []
-    for parts in (1, 5):
-        step = jax.jit(steps.make(model, SPY, Objective(z_loss=0.1), parts=parts))
-        found.append(step(steps.start(model, SPY, nothing), batch))
-    (one, whole), (other, metrics) = found
-    assert len(batch.tokens) == 3
-    np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics.z, whole.z, rtol=1e-5)
-    layouts.close_leaves(other.optimizer, one.optimizer)
+def test_more_parts_than_rows() -> None:
+    """The others are nothing but padding. Of the last leaves no gradient is the balance's."""
+    exact, whole = in_parts(1)
+    grads, metrics = in_parts(len(SEVERAL) + 2)
+    np.testing.assert_allclose([metrics.loss, metrics.z], [whole.loss, whole.z], rtol=1e-5)
+    np.testing.assert_array_equal(metrics.router.load, whole.router.load)
+    for name in ("head", "norm.weight"):
+        layouts.close(grads[name], exact[name])
+
+
+@pytest.mark.xfail(strict=True, reason="a mean of the parts' means: parts of few tokens count more")
+def test_entropy_of_parts_is_the_mean_of_all_tokens() -> None:
+    _, whole = in_parts(1)
+    _, metrics = in_parts(3)
+    np.testing.assert_allclose(metrics.router.entropy, whole.router.entropy, rtol=1e-5)
 
 
 # --- bfloat16
@@ -286,32 +302,70 @@ def test_bfloat16_has_about_the_loss_and_the_gradients() -> None:
 
 
 def test_masters_move_by_less_than_bfloat16_shows() -> None:
-    """Steps of 1e-5 add up: after 4 of them most weights are still the same bfloat16."""
-    optimizer = optax.adam(1e-5)
+    """Steps of 1e-5 add up: after 4 of them most weights are still the same bfloat16. What is
+    frozen is multiplied in bfloat16, too: the loss is that of the model with all of it rounded.
+    """
+    optimizer, rows = optax.adam(1e-5), batches.alone(several(), 12)
     step = jax.jit(steps.make(moge(), optimizer, dtype="bfloat16"))
-    state = steps.start(moge(), optimizer, nothing)
-    rows = batches.alone(several(), 12)
-    before = {name: np.array(leaf) for name, leaf in state.trainable.items()}
+    first = state = steps.start(moge(), optimizer, lambda name: "mlp" in name)
+    losses = []
     for _ in range(4):
-        state, _ = step(state, rows)
-    for name in ("blocks.0.attention.out", "blocks.0.mlp.shared.down", "norm.weight"):
-        old, new = before[name], np.asarray(state.trainable[name])
+        state, metrics = step(state, rows)
+        losses.append(float(metrics.loss))
+    for name in ("blocks.0.attention.out", "head", "norm.weight"):
+        old, new = np.asarray(first.trainable[name]), np.asarray(state.trainable[name])
         assert new.dtype == np.float32
         assert np.median(np.abs(new - old)) == pytest.approx(4e-5, rel=0.1)
         assert np.mean(old.astype(jnp.bfloat16) == new.astype(jnp.bfloat16)) > 0.9
-
-
-def test_what_is_frozen_is_multiplied_in_bfloat16_and_stays() -> None:
-    """The loss is that of the model with all of its weights rounded."""
-    frozen = lambda name: "mlp" in name
-    rows = batches.alone(several(), 12)
-    state = steps.start(moge(), SPY, frozen)
-    after, metrics = jax.jit(steps.make(moge(), SPY, dtype="bfloat16"))(state, rows)
-    for name, leaf in after.frozen.items():
-        np.testing.assert_array_equal(leaf, state.frozen[name])
+    for name, leaf in state.frozen.items():
+        np.testing.assert_array_equal(leaf, first.frozen[name])
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), moge())
     nats, _ = batches.of_targets(np.asarray(low(rows.tokens)), rows)
-    np.testing.assert_allclose(metrics.loss, nats, rtol=1e-3)
+    assert losses[0] == pytest.approx(nats, rel=1e-3)
+
+
+def test_a_recipe_is_what_a_configuration_says() -> None:
+    """Program for program: the state and the step that its fields ask for."""
+    section = OptimizerSection(name="muon", warmup_steps=2, ema=0.97, freeze=("*norm*",))
+    wanted = StepSection(compute="bfloat16", remat="dots", accumulate=2, z_loss=0.3, balance=0.7)
+    config = Config(
+        ModelSection(path="model"),
+        DataSection(path="data.jsonl"),
+        RunSection(output="run", steps=9),
+        wanted,
+        section,
+    )
+    recipe, rows = Recipe(config, moge()), batches.alone(several(), 12)
+    optimizer = optimizers.make(section, [Stage.whole(section, 9)])
+    objective = Objective(z_loss=0.3, balance=0.7, remat="dots")
+    step = steps.make(moge(), optimizer, objective, "bfloat16", 2, 0.97)
+    state = jax.eval_shape(recipe.begin, moge())
+    plain = jax.eval_shape(
+        lambda model: steps.begin(model, optimizer, lambda name: "norm" in name, True), moge()
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(plain)
+    programs = [jax.make_jaxpr(each)(state, rows) for each in (recipe.step(), step)]
+    one, other = (re.sub(r" at 0x[0-9a-f]+", "", str(program)) for program in programs)
+    assert one == other
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_what_a_run_ends_with(ema: float | None) -> None:
+    """The running mean, where there is one, and what was frozen."""
+    config = Config(
+        ModelSection(path="model"),
+        DataSection(path="data.jsonl"),
+        RunSection(output="run", steps=1),
+        optimizer=OptimizerSection(warmup_steps=0, ema=ema, freeze=("head",)),
+    )
+    recipe = Recipe(config, moge())
+    state = recipe.start(moge())
+    assert set(state.frozen) == {"head"}
+    state = dataclasses.replace(state, ema={n: x + 1 for n, x in state.ema.items()})
+    found, before = build.weights(recipe.model(state)), build.weights(moge())
+    for name, leaf in before.items():
+        more = 0 if ema is None or name == "head" else 1
+        np.testing.assert_array_equal(found[name], leaf + more)
 
 
 def equations(jaxpr: Any) -> Any:
