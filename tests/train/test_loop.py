@@ -686,8 +686,8 @@ def test_a_spike_is_a_failure(
         patch.setattr(record, "SPIKE_WINDOW", 5)
         assert runs.start("text", home, output, *flags) == 0
     found = re.findall(
-        r"the loss is \d\.\d{3}, after a median of 0\.\d{3}, at step (\d+): back to step 18, and its "
-        r"next (\d) batches are left out",
+        r"the loss is \d\.\d{3}, after a median of 0\.\d{3}, at step (\d+): back to step 18, and "
+        r"its next (\d) batches are left out",
         capsys.readouterr().err,
     )
     assert found == [("19", "1"), ("20", "3")]
