@@ -248,15 +248,19 @@ def tapped_forward(
         return model.norm(x), cache, kept
 
 
-def _again(remat: Remat | None, where: Layout) -> Callable[[Callable], Callable]:
-    """A layer as `remat` wants it. Raises ConfigError for "none" under fsdp."""
-    fsdp = bool(where.of("fsdp"))
-    if remat == "none" and fsdp:
+def check_remat(remat: Remat | None, where: Layout) -> None:
+    """Raises ConfigError for "none" under fsdp."""
+    if remat == "none" and where.of("fsdp"):
         raise ConfigError(
             "remat none: under fsdp the gathered weights of all layers would be kept; choose dots "
             "or full"
         )
-    if remat == "full" or (remat is None and fsdp):
+
+
+def _again(remat: Remat | None, where: Layout) -> Callable[[Callable], Callable]:
+    """A layer as `remat` wants it. Raises ConfigError as `check_remat`."""
+    check_remat(remat, where)
+    if remat == "full" or (remat is None and where.of("fsdp")):
         return jax.checkpoint
     if remat == "dots":
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -281,6 +281,11 @@ class Config:
                     f"{where}no [[source]] is called {strict.shorten(unknown[0])}"
                     f"{strict.suggest(unknown[0], names)}"
                 )
+            if self.step.accumulate > stage.batch:
+                raise ConfigError(
+                    f"{where}step.accumulate ({self.step.accumulate}) is more than the "
+                    f"{stage.batch} rows of a batch"
+                )
             used = [weight for weight in stage.weights.values() if weight > 0]
             if not used:
                 raise ConfigError(f"{where}all weights are 0")

@@ -267,7 +267,8 @@ def _write_final(config: Config, model: Pangu, target: Path) -> None:
     kind = jnp.dtype(model.config.dtype)
     model = jax.tree.map(lambda leaf: leaf.astype(kind), model)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in target.parent.glob(f"*.{target.name}.partial*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     pangu_jax.save_hf(model, partial)
     home = tokenizer_folder(config)
     for name in COMPANIONS:

@@ -98,6 +98,7 @@ def objective(
     wanted: Objective,
     count: Float[Array, ""] | None = None,
     share: float = 1.0,
+    tokens: Float[Array, ""] | None = None,
     adapters: Adapters | None = None,
 ) -> tuple[Float[Array, ""], Measures]:
     """cross-entropy + z_loss mean(logsumexp^2) + balance l_aux, and its parts.
@@ -106,8 +107,8 @@ def objective(
     tokens that chose i, p_i their mean share of the softmax over all experts (arXiv 2505.21411,
     eq. 8; here the mean of the layers).
 
-    count, share: where this is a part of a batch, the weights of all of it, and its part of it: the
-        objectives of all parts add up to that of the batch
+    count, share, tokens: where this is a part of a batch, the weights of all of it, its part of it,
+        and all tokens: the objectives, and what routers did, of all parts add up to the batch's
     adapters: low-rank ones beside the model's matrices
     """
     where = model.layout
@@ -140,11 +141,11 @@ def objective(
     if model.config.moge is not None:
         E = model.config.moge.num_experts
         load, shares, entropy = jnp.split(router, [E, 2 * E], axis=1)
-        tokens = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
-        scale = E / (model.config.moge.experts_per_token * tokens * tokens)
+        own = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
+        scale = E / (model.config.moge.experts_per_token * own * own)
         balance = (load * shares).sum(axis=1).mean() * scale * share
         total = total + wanted.balance * balance
-        router = Router(load, entropy[:, 0] / tokens * share)
+        router = Router(load, entropy[:, 0] / (own if tokens is None else tokens))
     return total, Measures(nats, squares, balance, router)
 
 

@@ -133,7 +133,11 @@ def make(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         lower, still = (_cast(own, jnp.dtype(dtype)) for own in (state.trainable, state.frozen))
         of_model = functools.partial(
-            objectives.objective, wanted=wanted, count=batch.weights.sum(), share=1 / parts
+            objectives.objective,
+            wanted=wanted,
+            count=batch.weights.sum(),
+            share=1 / parts,
+            tokens=jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32),
         )
 
         def of_part(lower: Leaves, part: Batch) -> tuple[Array, Measures]:

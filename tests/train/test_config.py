@@ -85,6 +85,15 @@ def table_of(
     return st.fixed_dictionaries(fields, optional=optional or {})
 
 
+def with_rows_for_all_parts(table: dict[str, Any]) -> dict[str, Any]:
+    """No batch, of none of the phases, has more parts than rows."""
+    given = [each["batch"] for each in table.get("phase", ()) if "batch" in each]
+    rows = min(table["data"].get("batch", 8), *given, 2**16)
+    if "accumulate" in table["step"]:
+        table["step"]["accumulate"] = min(table["step"]["accumulate"], rows)
+    return table
+
+
 def with_steps_to_warm_up(table: dict[str, Any]) -> dict[str, Any]:
     table["optimizer"]["warmup_steps"] %= table["run"]["steps"] + 1
     return table
@@ -99,64 +108,70 @@ rates = numbers(0, 1e30, exclude_min=True)
 
 # As in a file, and not the dataclasses: run-time type checks draw random numbers of their own.
 # Left out is only what then has no value.
-tables = table_of(
-    model=table_of({"layout": texts}, preset=texts, tokenizer=texts)
-    | table_of({"layout": texts}, path=texts),
-    data=table_of(
-        path=texts,
-        length=whole(2),
-        batch=whole(1),
-        packing=one_of("knapsack", "first-fit"),
-        learn=one_of("assistants", "last", "all"),
-        bad=one_of("stop", "skip"),
-    ),
-    run=table_of(
-        {"spike": numbers(1, 1e300, exclude_min=True)},
-        output=texts,
-        steps=whole(1, MOST),
-        save_every=whole(1, MOST),
-        keep=whole(1, 10_000),
-        seed=whole(0, 2**31 - 1),
-        failure=one_of("stop", "skip"),
-        tensorboard=st.booleans(),
-    ),
-    step=table_of(
-        {"remat": one_of("none", "dots", "full")},
-        compute=one_of("float32", "bfloat16"),
-        accumulate=whole(1, 2**16),
-        z_loss=numbers(0, 1e6),
-        balance=numbers(0, 1e6),
-    ),
-    optimizer=table_of(
-        {"ema": numbers(0, 1, exclude_min=True, exclude_max=True)},
-        name=one_of("adamw", "muon"),
-        learning_rate=rates,
-        final_fraction=numbers(0, 1),
-        warmup_steps=whole(0, MOST),
-        beta1=numbers(0, 1, exclude_max=True),
-        beta2=numbers(0, 1, exclude_max=True),
-        weight_decay=numbers(0, 1e300),
-        clip_norm=numbers(0, 1e30, exclude_min=True),
-        freeze=st.lists(texts, max_size=3),
-    ),
-    lora=table_of(alpha=numbers(0, 1e6, exclude_min=True), targets=st.just([])),
-).map(with_steps_to_warm_up)
+tables = (
+    table_of(
+        model=table_of({"layout": texts}, preset=texts, tokenizer=texts)
+        | table_of({"layout": texts}, path=texts),
+        data=table_of(
+            path=texts,
+            length=whole(2),
+            batch=whole(1),
+            packing=one_of("knapsack", "first-fit"),
+            learn=one_of("assistants", "last", "all"),
+            bad=one_of("stop", "skip"),
+        ),
+        run=table_of(
+            {"spike": numbers(1, 1e300, exclude_min=True)},
+            output=texts,
+            steps=whole(1, MOST),
+            save_every=whole(1, MOST),
+            keep=whole(1, 10_000),
+            seed=whole(0, 2**31 - 1),
+            failure=one_of("stop", "skip"),
+            tensorboard=st.booleans(),
+        ),
+        step=table_of(
+            {"remat": one_of("none", "dots", "full")},
+            compute=one_of("float32", "bfloat16"),
+            accumulate=whole(1, 2**16),
+            z_loss=numbers(0, 1e6),
+            balance=numbers(0, 1e6),
+        ),
+        optimizer=table_of(
+            {"ema": numbers(0, 1, exclude_min=True, exclude_max=True)},
+            name=one_of("adamw", "muon"),
+            learning_rate=rates,
+            final_fraction=numbers(0, 1),
+            warmup_steps=whole(0, MOST),
+            beta1=numbers(0, 1, exclude_max=True),
+            beta2=numbers(0, 1, exclude_max=True),
+            weight_decay=numbers(0, 1e300),
+            clip_norm=numbers(0, 1e30, exclude_min=True),
+            freeze=st.lists(texts, max_size=3),
+        ),
+        lora=table_of(alpha=numbers(0, 1e6, exclude_min=True), targets=st.just([])),
+    )
+    .map(with_steps_to_warm_up)
+    .map(with_rows_for_all_parts)
+)
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
-amounts = numbers(0, 1e9) | st.integers(0, 10**9)
+# Parts of a mixture: none is more than 10,000 times another, but for those that are left out.
+reals = numbers(1, 10_000) | st.just(0.0)
+amounts = reals | st.integers(1, 10_000) | st.just(0)
 
 
 @st.composite
 def rich_tables(draw: st.DrawFn) -> dict[str, Any]:
     """With several files, phases, and adapters where they may be."""
     table = draw(tables)
-    some = table_of(path=texts, weight=numbers(0, 1e9))
+    some = table_of(path=texts, weight=reals)
     table["source"] = [
         {"name": name, **draw(some)} for name in draw(st.lists(names, max_size=3, unique=True))
     ]
     known = [source["name"] for source in table["source"]] or ["data"]
     if table["source"]:
-        table["source"][0]["weight"] = draw(numbers(0, 1e9, exclude_min=True))
+        table["source"][0]["weight"] = draw(numbers(1, 10_000))
         del table["data"]["path"]
     more = {
         "learning_rate": rates,
@@ -175,7 +190,7 @@ def rich_tables(draw: st.DrawFn) -> dict[str, Any]:
         table["optimizer"]["freeze"] = []
         table["lora"] |= {"rank": draw(whole(1, 4096)), "targets": draw(st.lists(texts))}
         table["lora"] |= draw(table_of({"base": one_of("w8a16", "w8a8", "w4a16", "fp8")}))
-    return table
+    return with_rows_for_all_parts(table)
 
 
 KINDS = {
@@ -390,7 +405,7 @@ GOOD = {
     ("run", "keep"): (1, 10_000),
     ("run", "seed"): (0, 2**31 - 1),
     ("run", "spike"): (1.0001,),
-    ("step", "accumulate"): (1, 2**16),
+    ("step", "accumulate"): (1, 8),
     ("step", "z_loss"): (0.0, 1e6),
     ("step", "balance"): (0.0, 1e6),
     ("optimizer", "ema"): (1e-9, 0.9999),
@@ -470,6 +485,14 @@ def test_a_phase_has_settings_of_its_own(mix: Path) -> None:
     assert config.load(str(mix), {}).stages[-1].last_learning_rate == 3e-7
 
 
+def test_the_smallest_weight_beside_the_largest(mix: Path) -> None:
+    more = "weights = {web = 10_000, code = 1}\n"
+    more += "[[phase]]\nsteps = 1\nweights = {web = 0, code = 1e-9}\n"
+    mix.write_text(mix.read_text().replace("steps = 30", "steps = 31") + more)
+    weights = [stage.weights for stage in config.load(str(mix), {}).stages[1:]]
+    assert weights == [{"web": 10_000.0, "code": 1.0}, {"web": 0.0, "code": 1e-9}]
+
+
 def test_a_run_without_phases_is_one(file: Path) -> None:
     found = config.load(str(file), {"data": {"length": 64, "batch": 3}})
     assert found.sources == (Source("data", "data.jsonl"),)
@@ -489,6 +512,8 @@ def test_a_run_without_phases_is_one(file: Path) -> None:
         ('"web"', '"code"', "two [[source]] have the same name"),
         ("weight = 3", "weight = -1", "source[1]: weight must be from 0 to 1e9, not -1.0"),
         ("weight = 3", "weight = 2e9", "source[1]: weight must be from 0 to 1e9"),
+        ("weight = 3", "weight = 10001", "largest weight is more than 10,000 times the smallest"),
+        (SECOND, SECOND + "weights = {web = 1e-5, code = 1}", "phase 2: the largest weight is"),
         ("weight = 3", "weight = nan", "source[1]: weight must be a finite number"),
         ("weight = 3", "wieght = 3", "unknown key 'wieght'; did you mean weight?"),
         ("[data]", '[data]\npath = "x"', "give either data.path or a [[source]] for each"),
@@ -871,3 +896,8 @@ def test_neither_help_nor_a_mistake_imports_jax() -> None:
     code += "assert main(['sft', 'nano', '--run.step=5']) == 2\nconfig.load('nano', {})\n"
     code += "assert not {'jax', 'flax', 'numpy'} & sys.modules.keys(), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_parts_without_rows_are_refused(file: Path) -> None:
+    message = refused(file, {"data": {"batch": 3}, "step": {"accumulate": 4}})
+    assert "step.accumulate (4) is more than the 3 rows of a batch" in message

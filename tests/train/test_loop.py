@@ -209,22 +209,35 @@ def opens(folder: Path) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
 
 
-def test_sigkill_wherever_it_hurts(kill: Killer, home: Path, whole: Path, tmp_path: Path) -> None:
-    """The program itself: while it reads the data, while a checkpoint is written beside the
-    training, while the end is written.
-    """
+WHILE = {
+    "the data are read": ("dense", "data/data/state.json", 1, False),
+    "frozen leaves are written": ("moge", "frozen.*/*", 2, False),
+    "a checkpoint is written beside the training": ("dense", "checkpoints/4.*/state*", 3, True),
+    "a checkpoint takes its place": ("moge", "checkpoints/4", 1, True),
+    "the end is written": ("dense", "*final.partial*/model*", 1, True),
+}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        name if "beside" in name else pytest.param(name, marks=pytest.mark.slow, id=name)
+        for name in WHILE
+    ],
+)
+def test_sigkill_while(
+    what: str, kill: Killer, home: Path, wholes: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The program itself. Whatever is left is a model, or one line."""
+    kind, place, number, whether = WHILE[what]
     output = tmp_path / "run"
-    command = runs.argv("dense", home, output)
-    for place, number, whether in [
-        ("data/data/state.json", 1, False),
-        ("checkpoints/4.*/state*", 3, True),
-        ("*final.partial*/model*", 1, True),
-    ]:
-        assert kill(command, at=f"{output}/{place}", number=number) == -signal.SIGKILL, place
-        assert opens(output) is whether, place
+    code = kill(runs.argv(kind, home, output), at=f"{output}/{place}", number=number)
+    assert code == -signal.SIGKILL, kill.said.read_text()
+    assert opens(output) is whether
     assert not (output / "final").exists()
-    assert run(home, output) == 0
-    runs.same(output, whole)
+    assert runs.start(kind, home, output) == 0
+    runs.same(output, wholes(kind))
+    assert not list(output.rglob("*partial*"))
 
 
 @pytest.mark.slow
@@ -232,9 +245,9 @@ def test_sigkill_wherever_it_hurts(kill: Killer, home: Path, whole: Path, tmp_pa
 def test_sigkill_at_any_touch_of_the_folder(
     kind: str, kill: Killer, home: Path, wholes: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Twenty runs, each killed when it touches a file for some time, until that never comes."""
+    """Six runs, each killed when it touches a file for some time, until that time never comes."""
     rng, kills = random.Random(0), 0
-    for attempt in range(20):
+    for attempt in range(6):
         output = tmp_path / str(attempt)
         command = runs.argv(kind, home, output)
         while True:
@@ -246,7 +259,7 @@ def test_sigkill_at_any_touch_of_the_folder(
             assert code == -signal.SIGKILL, kill.said.read_text()
         runs.same(output, wholes(kind))
         shutil.rmtree(output)
-    assert kills > 20
+    assert kills > 6
 
 
 @pytest.mark.slow
@@ -686,8 +699,8 @@ def test_a_spike_is_a_failure(
         patch.setattr(record, "SPIKE_WINDOW", 5)
         assert runs.start("text", home, output, *flags) == 0
     found = re.findall(
-        r"the loss is \d\.\d{3}, after a median of 0\.\d{3}, at step (\d+): back to step 18, and "
-        r"its next (\d) batches are left out",
+        r"the loss is \d\.\d{3}, after a median of 0\.\d{3}, at step (\d+): "
+        r"back to step 18, and its next (\d) batches are left out",
         capsys.readouterr().err,
     )
     assert found == [("19", "1"), ("20", "3")]

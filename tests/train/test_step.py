@@ -260,7 +260,6 @@ def test_more_parts_than_rows() -> None:
         layouts.close(grads[name], exact[name])
 
 
-@pytest.mark.xfail(strict=True, reason="a mean of the parts' means: parts of few tokens count more")
 def test_entropy_of_parts_is_the_mean_of_all_tokens() -> None:
     _, whole = in_parts(1)
     _, metrics = in_parts(3)
