@@ -74,7 +74,7 @@ class RunFolder:
         """
         digest = hashlib.sha256(repr(model).encode())
         if config.model.path is not None:
-            for file in sorted(Path(config.model.path).glob("*.safetensors")):
+            for file in native.weight_files(native.home(Path(config.model.path))):
                 digest.update(files.fingerprint(file).encode())
         digest.update(data.encode())
         inputs = self.path / INPUTS

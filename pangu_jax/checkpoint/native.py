@@ -73,6 +73,15 @@ def home(folder: Path) -> Path:
     return final if is_run(folder) and final.is_dir() else folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Files that differ where a folder's weights do; of a run the check sums of its newest
+    checkpoint. Raises CheckpointError.
+    """
+    if is_run(folder):
+        return [folder / CHECKPOINTS / str(newest(folder)) / SUMS / "metadata"]
+    return sorted(folder.glob("*.safetensors"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Said:
     """What model.json holds."""

@@ -28,7 +28,7 @@ from tests import runs
 from tests.runs import Killer, SharedRecipe
 from train import config as configs
 from train import loop, pretrain, record, sft
-from train.config import Config
+from train.config import Config, ModelSection
 from train.data.feed import Feed
 from train.data.mixture import Data
 from train.objectives import Batch
@@ -503,6 +503,25 @@ def test_another_model_of_the_same_name_is_refused(
     preset.write_text(runs.TINY.replace("rope_theta = 10_000.0", "rope_theta = 5_000.0"))
     assert run(home, output, "--model.preset", str(preset)) == 2
     assert "the model changed since the run began" in one_error(capsys)
+
+
+def test_a_run_that_went_on_is_another_model(home: Path, whole: Path, tmp_path: Path) -> None:
+    """Where another run begins with it: at a checkpoint, or at its end."""
+    base, run = copied(whole, tmp_path / "base"), RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    model = ModelSection(path=str(base))
+    config = dataclasses.replace(config_of(whole), model=model)
+    check = lambda: run.check_inputs(config, pangu_jax.load(base).config, "the data")
+    check()
+    check()
+    (base / "checkpoints" / "6").rename(tmp_path / "6")
+    with pytest.raises(InputError, match="the model changed since the run began"):
+        check()
+    (tmp_path / "6").rename(base / "checkpoints" / "6")
+    check()
+    shutil.copytree(whole / "final", base / "final")
+    with pytest.raises(InputError, match="the model changed since the run began"):
+        check()
 
 
 def test_a_foreign_folder_is_not_written_to(

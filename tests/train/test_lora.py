@@ -656,7 +656,7 @@ def hostile(home: Path, killed: Path) -> Path:
         ({"path": "nowhere"}, "nowhere: does not exist"),
         ({"path": "{home}"}, "config.json: no such file"),
         ({"path": "{home}/texts.jsonl"}, "is not a folder"),
-        ({"path": "{home}/hostile"}, "base.json: a run that stands on itself"),
+        ({"path": "{home}/hostile"}, "base.json: "),
     ],
     ids=str,
 )
