@@ -99,52 +99,48 @@ rates = numbers(0, 1e30, exclude_min=True)
 
 # As in a file, and not the dataclasses: run-time type checks draw random numbers of their own.
 # Left out is only what then has no value.
-tables = (
-    table_of(
-        model=table_of({"layout": texts}, preset=texts, tokenizer=texts)
-        | table_of({"layout": texts}, path=texts),
-        data=table_of(
-            path=texts,
-            length=whole(2),
-            batch=whole(1),
-            packing=one_of("knapsack", "first-fit"),
-            learn=one_of("assistants", "last", "all"),
-            bad=one_of("stop", "skip"),
-        ),
-        run=table_of(
-            {"spike": numbers(1, 1e300, exclude_min=True)},
-            output=texts,
-            steps=whole(1, MOST),
-            save_every=whole(1, MOST),
-            keep=whole(1, 10_000),
-            seed=whole(0, 2**31 - 1),
-            failure=one_of("stop", "skip"),
-            tensorboard=st.booleans(),
-        ),
-        step=table_of(
-            {"remat": one_of("none", "dots", "full")},
-            compute=one_of("float32", "bfloat16"),
-            accumulate=st.just(1),  # more than the rows of a batch is refused
-            z_loss=numbers(0, 1e6),
-            balance=numbers(0, 1e6),
-        ),
-        optimizer=table_of(
-            {"ema": numbers(0, 1, exclude_min=True, exclude_max=True)},
-            name=one_of("adamw", "muon"),
-            learning_rate=rates,
-            final_fraction=numbers(0, 1),
-            warmup_steps=whole(0, MOST),
-            beta1=numbers(0, 1, exclude_max=True),
-            beta2=numbers(0, 1, exclude_max=True),
-            weight_decay=numbers(0, 1e300),
-            clip_norm=numbers(0, 1e30, exclude_min=True),
-            freeze=st.lists(texts, max_size=3),
-        ),
-        lora=table_of(alpha=numbers(0, 1e6, exclude_min=True), targets=st.just([])),
-    )
-    .map(with_steps_to_warm_up)
-    .map(with_rows_for_all_parts)
-)
+tables = table_of(
+    model=table_of({"layout": texts}, preset=texts, tokenizer=texts)
+    | table_of({"layout": texts}, path=texts),
+    data=table_of(
+        path=texts,
+        length=whole(2),
+        batch=whole(1),
+        packing=one_of("knapsack", "first-fit"),
+        learn=one_of("assistants", "last", "all"),
+        bad=one_of("stop", "skip"),
+    ),
+    run=table_of(
+        {"spike": numbers(1, 1e300, exclude_min=True)},
+        output=texts,
+        steps=whole(1, MOST),
+        save_every=whole(1, MOST),
+        keep=whole(1, 10_000),
+        seed=whole(0, 2**31 - 1),
+        failure=one_of("stop", "skip"),
+        tensorboard=st.booleans(),
+    ),
+    step=table_of(
+        {"remat": one_of("none", "dots", "full")},
+        compute=one_of("float32", "bfloat16"),
+        accumulate=st.just(1),  # more than the rows of a batch is refused
+        z_loss=numbers(0, 1e6),
+        balance=numbers(0, 1e6),
+    ),
+    optimizer=table_of(
+        {"ema": numbers(0, 1, exclude_min=True, exclude_max=True)},
+        name=one_of("adamw", "muon"),
+        learning_rate=rates,
+        final_fraction=numbers(0, 1),
+        warmup_steps=whole(0, MOST),
+        beta1=numbers(0, 1, exclude_max=True),
+        beta2=numbers(0, 1, exclude_max=True),
+        weight_decay=numbers(0, 1e300),
+        clip_norm=numbers(0, 1e30, exclude_min=True),
+        freeze=st.lists(texts, max_size=3),
+    ),
+    lora=table_of(alpha=numbers(0, 1e6, exclude_min=True), targets=st.just([])),
+).map(with_steps_to_warm_up)
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 # Parts of a mixture: none is more than 10,000 times another, but for those that are left out.
