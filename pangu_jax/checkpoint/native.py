@@ -13,6 +13,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ FAILURES = (Exception,)
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return (folder / MODEL).is_file()
+    return os.path.isfile(folder / MODEL)  # no error for a name that is too long
 
 
 def write_config(folder: Path, model: Pangu) -> None:
