@@ -17,7 +17,7 @@ import numpy as np
 
 import pangu_jax
 from infer import door, loading, plots, progress
-from pangu_jax.checkpoint import save
+from pangu_jax.checkpoint import hf, save
 from pangu_jax.checkpoint.hf import COMPANIONS
 from pangu_jax.config import configs_folder
 from pangu_jax.errors import CheckpointError, InputError
@@ -99,8 +99,9 @@ def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
     """The model before the first step, its layers stacked; in float32, if it is to be trained."""
     section = config.model
     if section.path is not None:
-        # What is not trained need not be more than what it is multiplied in.
-        dtype = "float32" if config.lora.rank is None else config.step.compute
+        # What is not trained need not be more than it is, and than what it is multiplied in.
+        own, compute = hf.read_config(Path(section.path))[0].dtype, config.step.compute
+        dtype = compute if config.lora.rank is not None and own == compute else "float32"
         with progress.reading() as advance:
             model = pangu_jax.load(section.path, dtype, section.layout, "stacked", progress=advance)
         if config.lora.base is not None:

@@ -23,6 +23,7 @@ class Recipe:
         self._optimizer = optimizers.make(config.optimizer, config.stages)
         names = [name for name, _ in build.named_leaves(model)]
         self._frozen = optimizers.frozen(config.optimizer.freeze, names)
+        jax.eval_shape(self._adapters)  # what they cannot stand beside is told before a run begins
 
     def start(self, model: Pangu) -> State:
         """The state before the first step, in its place."""

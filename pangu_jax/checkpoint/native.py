@@ -123,6 +123,8 @@ def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str],
         return _fill(folder, state, told, abstract())
     try:
         base = strict.build(Base, strict.read_json_object(folder / BASE), str(folder / BASE))
+        if os.path.isfile(home(Path(base.path)) / BASE):
+            raise ConfigError("path is a run of adapters that is not finished")
         model = load_base(base.path)
         if base.quantize is not None:
             model = build.quantize(model, base.quantize)
@@ -130,9 +132,7 @@ def load(folder: Path, abstract: Callable[[], Pangu], load_base: Callable[[str],
     except ConfigError as error:
         said = str(error) if str(folder / BASE) in str(error) else f"{folder / BASE}: {error}"
         raise CheckpointError(said) from None
-    except RecursionError:
-        raise CheckpointError(f"{folder / BASE}: a run that stands on itself") from None
-    if set(like) != trained:
+    if set(like) != trained or _shapes(state) != {n: leaf.shape for n, leaf in like.items()}:
         raise CheckpointError(f"{state}: not the adapters that {folder / BASE} speaks of")
     places = lora.places(model, like)
     wanted = {name: _wanted(leaf.shape, places[name]) for name, leaf in like.items()}
@@ -168,6 +168,15 @@ def _names(told: dict[str, Any]) -> set[str]:
     """The leaves that a checkpoint holds: those whose check sums it has."""
     found = (re.fullmatch(r"\['trainable'\]\['([\w.]+)'\]", key) for key in told)
     return {match[1] for match in found if match}
+
+
+def _shapes(state: Path) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's leaves that are trained."""
+    try:
+        held: Any = ocp.PyTreeCheckpointHandler().metadata(state.absolute())
+        return {name: tuple(leaf.shape) for name, leaf in held.tree["trainable"].items()}
+    except FAILURES as error:
+        raise CheckpointError(f"{state}: not a checkpoint of a run ({_reason(error)})") from None
 
 
 def _trained(state: Path, told: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
