@@ -173,8 +173,9 @@ def _names(told: dict[str, Any]) -> set[str]:
 def _shapes(state: Path) -> dict[str, tuple[int, ...]]:
     """Of a checkpoint's leaves that are trained."""
     try:
-        held: Any = ocp.PyTreeCheckpointHandler().metadata(state.absolute())
-        return {name: tuple(leaf.shape) for name, leaf in held.tree["trainable"].items()}
+        handler: Any = ocp.PyTreeCheckpointHandler()
+        held = handler.metadata(state.absolute()).tree["trainable"]
+        return {name: tuple(leaf.shape) for name, leaf in held.items()}
     except FAILURES as error:
         raise CheckpointError(f"{state}: not a checkpoint of a run ({_reason(error)})") from None
 
