@@ -53,7 +53,7 @@ def train(config: Config, reader: Reader) -> int:
     home = tokenizer_folder(config)
     tokenizer = Tokenizer.load(home)
     model = _begin(config, tokenizer)
-    recipe = Recipe(config, _shapes(model))
+    recipe = Recipe(config, model)
     with folder.claimed(config):
         data = Data(config, reader, tokenizer, home, folder.data)
         for stage in config.stages:
