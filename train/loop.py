@@ -31,7 +31,7 @@ from train.config import Config, Stage
 from train.data.mixture import Data, Reader
 from train.flops import peak, step_flops
 from train.objectives import Batch
-from train.recipe import Recipe
+from train.recipe import Recipe, base_dtype
 from train.record import Failure, Record, Taken, TrainingError
 from train.run_folder import RunFolder
 from train.step import State
@@ -96,12 +96,10 @@ def tokenizer_folder(config: Config) -> Path:
 
 
 def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
-    """The model before the first step, its layers stacked; in float32, if it is to be trained."""
+    """The model before the first step, its layers stacked."""
     section = config.model
     if section.path is not None:
-        # What is not trained need not be more than it is, and than what it is multiplied in.
-        own, compute = hf.read_config(Path(section.path))[0].dtype, config.step.compute
-        dtype = compute if config.lora.rank is not None and own == compute else "float32"
+        dtype = base_dtype(config, hf.read_config(Path(section.path))[0].dtype)
         with progress.reading() as advance:
             model = pangu_jax.load(section.path, dtype, section.layout, "stacked", progress=advance)
         if config.lora.base is not None:

@@ -31,10 +31,10 @@ def of(config: Config, target: targets.Target) -> Any:
     """The plan of a step by formula. Raises ConfigError."""
     from infer.plan import report
     from pangu_jax.parallel import layout
-    from pangu_jax.plan.cost import TRAINED, Work
+    from pangu_jax.plan.cost import Work
+    from pangu_jax.quant import scheme
+    from pangu_jax.quant.scheme import FLOAT
 
-    if config.lora.rank is not None:
-        raise ConfigError("lora.rank: adapters are not planned yet; plan the run without them")
     name, model = plans.model_config(str(config.model.path or config.model.preset))
     stage = _largest(config)
     if max(each.length for each in config.stages) > model.max_positions:
@@ -46,9 +46,45 @@ def of(config: Config, target: targets.Target) -> Any:
             f"layout {shown} is for {where.num_devices} devices; {target} has "
             f"{target.num_devices}: choose another --model.layout, such as fsdp"
         )
-    copies = TRAINED + (config.optimizer.ema is not None)
-    work, dtype = Work("train", stage.batch, stage.length, copies), config.step.compute
-    return report.of(name, model, target, shown, where, dtype, BYTES[dtype], work)
+    work = Work(
+        "train", stage.batch, stage.length, _copies(config, model), _adapters(config, model)
+    )
+    dtype, base = config.step.compute, config.lora.base
+    recipe = FLOAT if base is None else scheme.named(base, model)
+    held = base or ""
+    return report.of(name, model, target, shown, where, dtype, BYTES[dtype], work, recipe, held)
+
+
+def _adapters(config: Config, model: Any) -> Any:
+    from pangu_jax.plan.cost import Adapters
+    from train.recipe import base_dtype
+
+    section = config.lora
+    if section.rank is None:
+        return None
+    own = model.dtype if config.model.path is not None else "float32"
+    return Adapters(section.rank, section.targets, base_dtype(config, own))
+
+
+def _copies(config: Config, model: Any) -> float:
+    """Float32 numbers that a run keeps for each of the model's, or of its adapters': itself, its
+    gradient, what the optimizer has, a running mean. The mean, where they have not equally many.
+    """
+    import jax
+
+    from pangu_jax.model import Pangu
+    from pangu_jax.parallel import layout
+    from train.recipe import Recipe
+
+    where = layout.load("single")
+    like = Pangu(model, "stacked", "float32", where, where.abstract_mesh())
+    state = jax.eval_shape(Recipe(config, like).begin, like)
+    count = lambda part: sum(leaf.size for leaf in jax.tree.leaves(part) if leaf.ndim)
+    trained, still = count(state.trainable), count(state.frozen)
+    kept = 2 * trained + count(state.optimizer) + count(state.ema)
+    if config.lora.rank is not None:
+        return kept / trained
+    return (kept + still) / (trained + still)
 
 
 def _largest(config: Config) -> Stage:
@@ -69,8 +105,14 @@ def lower(config: Config, plan: Any) -> Any:
     from train.recipe import Recipe
 
     devices = plan.target.devices()
+    adapters = plan.work.adapters
     model = build.abstract(
-        plan.config, dtype="float32", where=plan.where, form="stacked", devices=devices
+        plan.config,
+        dtype="float32" if adapters is None else adapters.base,
+        where=plan.where,
+        form="stacked",
+        recipe=plan.recipe,
+        devices=devices,
     )
     recipe, stage = Recipe(config, model), _largest(config)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -12,6 +12,14 @@ from train.objectives import Objective
 from train.step import Leaves, State, Step
 
 
+def base_dtype(config: Config, own: str) -> str:
+    """In which a model lies that a run begins with: float32, if it is to be trained; what is not
+    trained need not be more than it is, and than what it is multiplied in.
+    """
+    kept = config.lora.rank is not None and own == config.step.compute
+    return own if kept else "float32"
+
+
 class Recipe:
     """The optimizer, the leaves that are trained, and the step of one run's model."""
 

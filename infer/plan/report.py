@@ -73,7 +73,7 @@ class Plan:
             "boundary": dataclasses.asdict(self.where.boundary),
             "dtype": self.dtype,
             "quantised": self.held_as or None,
-            **dataclasses.asdict(self.work),
+            **self._work(),
             "memory_bytes": int(chip.memory_gib * GIB),
             "needed_bytes": self.needed,
             "fits": self.fits,
@@ -85,6 +85,12 @@ class Plan:
             "tokens_per_s_at_most": self.bound[1],
             "advice": advise(self),
         }
+
+    def _work(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self.work)
+        if self.work.phase != "train":
+            del fields["copies"], fields["adapters"]
+        return fields
 
 
 def advise(plan: Plan) -> list[str]:
@@ -130,7 +136,9 @@ def details(plan: Plan) -> str:
 
 
 def _numbers(plan: Plan) -> str:
-    return f"{plan.dtype}, {plan.held_as}" if plan.held_as else plan.dtype
+    adapters = plan.work.adapters
+    beside = "" if adapters is None else f"LoRA of rank {adapters.rank}"
+    return ", ".join(part for part in (plan.dtype, plan.held_as, beside) if part)
 
 
 Row = tuple[str, ...]

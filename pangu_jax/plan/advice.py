@@ -51,8 +51,11 @@ def changes(
 
 
 def _recipes(config: ModelConfig, work: Work, now: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Fewer bits, where nothing is trained."""
+    """Fewer bits of what is not trained."""
     if work.phase == "train":
+        if work.adapters is not None and not now.runs:
+            own = scheme.named("w8a16", config)
+            yield "int8 weights (lora.base w8a16)", dataclasses.replace(now, runs=own.runs)
         return
     if not now.runs:
         own = scheme.named("w8a8", config)

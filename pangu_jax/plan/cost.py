@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pangu_jax import lora
 from pangu_jax.attention import QUERY_BLOCK
 from pangu_jax.config import ModelConfig
 from pangu_jax.model import Form, Pangu
@@ -26,23 +27,37 @@ from pangu_jax.quant.scheme import FLOAT, Recipe
 Phase = Literal["decode", "prefill", "train"]
 
 # AdamW keeps the gradient and two moments of every weight, all of them float32.
-TRAINED = 4
+TRAINED = 4.0
 
 # Rows of logits that the loss holds at once (train/objectives.py).
 LOSS_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What is trained beside a model that stays as it is (lora.py).
+
+    base: dtype in which the model's own float weights lie
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    base: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """A step: so many sequences in all, each of `context` tokens, the last `length` of them new.
 
-    copies: in training, float32 numbers that are kept for every weight, itself among them
+    copies: in training, float32 numbers that are kept for every weight, itself among them; with
+        adapters, for every number of theirs
     """
 
     phase: Phase
     batch: int
     context: int
-    copies: int = TRAINED
+    copies: float = TRAINED
+    adapters: Adapters | None = None
 
     @property
     def length(self) -> int:
@@ -91,23 +106,33 @@ def of(
 ) -> Cost:
     """The cost of a step. Raises ConfigError where the model does not fit the layout."""
     size, shape = jnp.dtype(dtype).itemsize, Share(config, where, work, recipe)
-    weights = weight_bytes(config, where, dtype, recipe=recipe)
-    held, training = weights, work.phase == "train"
-    flops, read = shape.flops(), shape.weights_read(size) + shape.cache_bytes(size)
-    if training:
-        backward = 3 if where.of("fsdp") else 2  # gathered layers are computed again
-        masters = weight_bytes(config, where, "float32")
-        flops, read = flops * (1 + backward), float((work.copies + 2) * masters)
-        # Products of fewer bits have a copy of the weights, and a gradient of that.
-        held = masters * work.copies + (2 * weights if size < 4 else 0)
-    return Cost(
-        held,
-        0 if training else shape.cache_bytes(size),
-        shape.working(size),
-        flops,
-        read,
-        shape.traffic(size),
-    )
+    working, traffic = shape.working(size), shape.traffic(size)
+    if work.phase != "train":
+        held, cache = weight_bytes(config, where, dtype, recipe=recipe), shape.cache_bytes(size)
+        read = shape.weights_read(size) + cache
+        return Cost(held, cache, working, shape.flops(), read, traffic)
+    base, trained, lower = _of_training(config, where, dtype, work, recipe)
+    # Forward, backward to activations, and to weights; gathered layers are computed again.
+    passes = 2 + (work.adapters is None) + bool(where.of("fsdp"))
+    held, read = base + int(trained * work.copies) + lower, 2 * base + (work.copies + 2) * trained
+    return Cost(held, 0, working, shape.flops() * passes, float(read), traffic)
+
+
+def _of_training(
+    config: ModelConfig, where: Layout, dtype: DTypeLike, work: Work, recipe: Recipe
+) -> tuple[int, int, int]:
+    """Bytes of what is not trained, as it lies and as it is multiplied; of what is, in float32; and
+    of its copy for products of fewer bits, with a gradient of that.
+    """
+    kind = jnp.dtype(dtype)
+    as_multiplied = weight_bytes(config, where, kind, recipe=recipe)
+    if work.adapters is None:
+        lower = 2 * as_multiplied if kind.itemsize < 4 else 0
+        return 0, weight_bytes(config, where, "float32"), lower
+    base = weight_bytes(config, where, work.adapters.base, recipe=recipe)
+    base += as_multiplied if work.adapters.base != kind.name else 0
+    trained = adapter_bytes(config, where, work.adapters, recipe)
+    return base, trained, 2 * trained * kind.itemsize // 4 if kind.itemsize < 4 else 0
 
 
 def weight_bytes(
@@ -123,6 +148,19 @@ def weight_bytes(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(model)
     )
+
+
+def adapter_bytes(
+    config: ModelConfig, where: Layout, adapters: Adapters, recipe: Recipe = FLOAT
+) -> int:
+    """Bytes of float32 adapters that each device holds. Raises ConfigError."""
+    mesh = where.abstract_mesh()
+    model = Pangu(config, "stacked", adapters.base, where, mesh, recipe=recipe)
+    leaves = jax.eval_shape(
+        lambda: lora.init(model, adapters.rank, adapters.targets, jax.random.key(0))
+    )
+    places = lora.places(model, leaves)
+    return sum(4 * math.prod(places[n].shard_shape(leaf.shape)) for n, leaf in leaves.items())
 
 
 def number_bytes(recipe: Recipe, leaf: str, layers: int, size: int) -> float:

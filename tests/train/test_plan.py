@@ -307,12 +307,95 @@ def test_a_running_mean_is_held_too(capsys) -> None:
     assert one["formula"]["weights"] == 5 * WEIGHTS
 
 
-def test_adapters_are_not_planned(capsys) -> None:
-    folder = ORACLE / "dense-tiny"
-    flags = ("--model.path", str(folder), "--data.length", "16", "--lora.rank", "2")
-    code, out, err = run(capsys, "--target", "cpu", "--formulas", *flags)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: lora.rank: adapters are not planned yet")
+def held(capsys, tiny: Path, *flags: str) -> int:
+    return of_file(capsys, tiny, *flags)["formula"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        ((), 4 * WHOLE),
+        (("--optimizer.ema=0.9",), 5 * WHOLE),
+        (("--optimizer.name=muon",), 4 * WHOLE - MATRICES + 3),  # three coefficients
+        (("--optimizer.freeze", "embed"), 4 * WHOLE - 3 * SIZES["embed"]),
+    ],
+    ids=str,
+)
+def test_what_is_kept_of_every_weight(capsys, tiny: Path, flags: tuple, numbers: int) -> None:
+    """Gradient and moments: one of Muon's, none of what is frozen."""
+    assert held(capsys, tiny, *flags) == pytest.approx(4 * numbers, abs=4)
+
+
+def beside(capsys, tiny: Path, *flags: str) -> dict[str, Any]:
+    """The plan of adapters beside the tiny model."""
+    return of_file(capsys, tiny, f"--model.path={tiny.parent / 'tiny.toml'}", *flags)
+
+
+def adapters(rank: int, *matrices: tuple[int, int]) -> int:
+    """Numbers of both layers' adapters beside matrices of so many rows and columns."""
+    return 2 * sum(rank * (rows + columns) for rows, columns in matrices)
+
+
+EVERY = ((32, 16), (16, 16), (48, 16), (16, 24))
+
+
+@pytest.mark.parametrize(
+    ("flags", "base", "trained"),
+    [
+        (("--lora.rank=2",), 4 * WHOLE, 4 * 4 * adapters(2, *EVERY)),
+        (("--lora.rank=2", "--optimizer.ema=0.9"), 4 * WHOLE, 5 * 4 * adapters(2, *EVERY)),
+        (("--lora.rank=2", "--optimizer.name=muon"), 4 * WHOLE, 12 * (adapters(2, *EVERY) + 1)),
+        (("--lora.rank=3", "--lora.targets", "mlp.*"), 4 * WHOLE, 16 * adapters(3, *EVERY[2:])),
+        (
+            ("--lora.rank=2", "--lora.base=w8a16"),
+            4 * (WHOLE - MATRICES) + MATRICES + 4 * 2 * (32 + 16 + 48 + 16),
+            4 * 4 * adapters(2, *EVERY),
+        ),
+        (  # a copy of the base in what is multiplied, and of adapters with a gradient
+            ("--lora.rank=2", "--step.compute=bfloat16"),
+            (4 + 2) * WHOLE,
+            (4 * 4 + 2 * 2) * adapters(2, *EVERY),
+        ),
+    ],
+    ids=str,
+)
+def test_adapters_beside_a_base(capsys, tiny: Path, flags: tuple, base: int, trained: int) -> None:
+    """The base once, in as many bits as it has."""
+    assert beside(capsys, tiny, *flags)["formula"]["weights"] == base + trained
+
+
+def test_adapters_take_two_passes_of_three(capsys, tiny: Path) -> None:
+    """Nothing is computed for the gradient of a base."""
+    whole, part = of_file(capsys, tiny), beside(capsys, tiny, "--lora.rank=2")
+    assert part["formula"]["flops"] == pytest.approx(whole["formula"]["flops"] * 2 / 3)
+
+
+def test_a_base_in_its_own_dtype(capsys) -> None:
+    flags = ("--model.path", str(ORACLE / "dense-tiny"), "--data.length", "16")
+    flags += ("--lora.rank", "2", "--step.compute", "float32")
+    one = as_json(capsys, "--target", "cpu", "--formulas", *flags)
+    assert one["adapters"] == {"rank": 2, "targets": [], "base": "float32"}
+    assert one["quantised"] is None
+
+
+def test_fewer_bits_are_advised_for_a_base(capsys) -> None:
+    flags = ("--model.path", "embedded-7b", "--lora.rank", "16", "--step.compute", "bfloat16")
+    code, out, _ = run(capsys, "--target", "v5e", "--formulas", *flags)
+    assert code == 0
+    assert "bfloat16, LoRA of rank 16, 8 x 128 tokens: DOES NOT FIT" in out.splitlines()[0]
+    assert "- int8 weights (lora.base w8a16): saves" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--lora.base=w8a16",)], ids=["float", "int8"])
+def test_a_step_of_adapters_is_compiled(capsys, tiny: Path, flags: tuple) -> None:
+    """It holds what the formula says, but for gradients, which are temporary."""
+    more = ("--lora.rank=2", *flags)
+    formula = beside(capsys, tiny, *more)["formula"]["weights"] - 4 * adapters(2, *EVERY)
+    more += (f"--model.path={tiny.parent / 'tiny.toml'}",)
+    assert door.main(["plan", str(tiny), "--target", "cpu", "--json", *more]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["plans"]
+    assert formula <= one["compiled"]["resident"] < formula + 10_000
 
 
 def test_fsdp_without_recomputing_is_one_line(capsys) -> None:

@@ -12,7 +12,7 @@ from pangu_jax.parallel import layout
 from pangu_jax.parallel.layout import Layout
 from pangu_jax.plan import advice, cost
 from pangu_jax.plan import target as targets
-from pangu_jax.plan.cost import Work
+from pangu_jax.plan.cost import Adapters, Work
 from pangu_jax.quant import scheme
 from pangu_jax.quant.scheme import Recipe
 from tests import layouts
@@ -46,7 +46,7 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
         twice = replace(where, mesh=replace(where.mesh, **{axis: size}))
         with contextlib.suppress(ConfigError):
             found[f"{2 * devices} devices (mesh.{axis} = {size})"] = held(twice, dtype, work)
-    if dtype == "float32" and work.phase != "train":
+    if dtype == "float32":
         found["bfloat16 instead of float32"] = held(where, "bfloat16", work)
     if work.phase != "train":
         of = lambda recipe: cost.of(LARGE, where, dtype, work, recipe).held
@@ -81,12 +81,20 @@ def test_changes_save_what_they_say_largest_first(name: str, dtype: str, work: W
     assert len(found) == len(wanted) >= 2
 
 
-def test_a_smaller_dtype_is_no_advice_for_training() -> None:
-    """Which computes in float32 today."""
-    where = layout.load("fsdp").over(8)
-    for phase, offered in (("train", False), ("decode", True)):
-        found = advice.changes(LARGE, where, "float32", Work(phase, 8, 512), V5E)
-        assert any("bfloat16" in change.what for change in found) == offered
+def test_fewer_bits_for_what_is_trained_only_where_that_saves() -> None:
+    """Masters stay float32 and a copy is made beside them, which long sequences make up for; what
+    adapters stand beside may have eight bits.
+    """
+
+    def of(work: Work, name: str = "fsdp") -> set[str]:
+        where = layout.load(name).over(8)
+        return {c.what for c in advice.changes(LARGE, where, "float32", work, V5E)}
+
+    assert "bfloat16 instead of float32" in of(Work("train", 8, 4096))
+    assert "bfloat16 instead of float32" not in of(Work("train", 8, 8), "ep8")
+    eight = "int8 weights (lora.base w8a16)"
+    assert eight not in of(Work("train", 8, 512))
+    assert eight in of(Work("train", 8, 512, adapters=Adapters(8, (), "float32")))
 
 
 def test_nothing_is_advised_that_is_not_less() -> None:
