@@ -44,7 +44,7 @@ class Checkpoints:
         """
         step = int(state.step)
         changing = _changing(state)
-        sums = {name: int(value) for name, value in jax.device_get(native.sums(changing)).items()}
+        sums = native.numbers(changing)
         items = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(changing), SUMS: ocp.args.JsonSave(sums)}
         )
@@ -74,8 +74,8 @@ class Checkpoints:
             state, sums = found[STATE], dict(found[SUMS])
         except FAILURES as error:
             raise self._unreadable(step, _reason(error)) from None
-        for name, value in jax.device_get(native.sums(state)).items():
-            if sums.get(name) != int(value):
+        for name, value in native.numbers(state).items():
+            if sums.get(name) != value:
                 raise self._unreadable(step, f"the numbers of {name} are damaged")
         return State(frozen=frozen, **state)
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from infer import files
@@ -106,10 +105,8 @@ class RunFolder:
                 config.lora.base,
             )
             files.write(self.path / native.BASE, json.dumps(dataclasses.asdict(base)).encode())
-        still = (self.path / native.FROZEN).absolute()
-        if frozen and config.lora.scale is None and not still.exists():
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-                writer.save(still, args=ocp.args.StandardSave(dict(frozen)))
+        if config.lora.scale is None:
+            native.write_frozen(self.path, frozen)
         native.write_config(self.path, model)
 
     def _check_same(self, config: Config) -> None:

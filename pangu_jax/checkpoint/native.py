@@ -3,6 +3,7 @@
     model.json                      the model's configuration, in our own words
     tokenizer files                 as in any model folder
     frozen/                         leaves that are never trained, once
+    frozen.json                     check sums of these
     base.json                       of adapters: the model beside which they are trained
     checkpoints/STEP/state          what training changes; `trainable` holds leaves by name
     checkpoints/STEP/sums           check sums of all of it
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pangu_jax.model import Pangu
 
 CHECKPOINTS, FINAL, FROZEN = "checkpoints", "final", "frozen"
 STATE, SUMS, BASE, MODEL = "state", "sums", "base.json", "model.json"
+FROZEN_SUMS = "frozen.json"
 
 # What Orbax raises for files that are damaged or cannot be written: also Exception itself.
 FAILURES = (Exception,)
@@ -45,9 +47,25 @@ def is_run(folder: Path) -> bool:
 def write_config(folder: Path, model: Pangu) -> None:
     """Says what model a run's folder is of. Raises OSError."""
     said = {"config": dataclasses.asdict(model.config), "published": model.origin.config}
-    partial = folder / f".{MODEL}.partial"
-    partial.write_text(json.dumps(said, indent=2), encoding="utf-8")
-    partial.replace(folder / MODEL)
+    _write(folder / MODEL, json.dumps(said, indent=2))
+
+
+def write_frozen(folder: Path, leaves: Mapping[str, Array]) -> None:
+    """Keeps the leaves that a run never trains, if there are any and it does not have them yet.
+    Raises OSError.
+    """
+    if not leaves or (folder / FROZEN_SUMS).exists():
+        return
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        arguments = ocp.args.StandardSave(dict(leaves))
+        writer.save((folder / FROZEN).absolute(), args=arguments, force=True)
+    _write(folder / FROZEN_SUMS, json.dumps(numbers(dict(leaves))))
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -147,7 +165,7 @@ def _fill(folder: Path, state: Path, told: dict[str, Any], model: Pangu) -> Pang
         raise CheckpointError(f"{state}: {unknown[0]} is no leaf of this model")
     own = _trained(state, told, of_run(sorted(trained)))
     if rest := sorted(set(held) - trained):
-        own |= _restore(folder / FROZEN, of_run(rest))
+        own |= _frozen(folder, of_run(rest))
     whole = build.with_weights(model, {n: x.astype(held[n].dtype) for n, x in own.items()})
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.format), whole, model)
 
@@ -158,8 +176,12 @@ def _wanted(shape: tuple[int, ...], place: Any) -> jax.ShapeDtypeStruct:
 
 def _told(folder: Path) -> dict[str, Any]:
     """A checkpoint's check sums."""
+    return _object(folder / SUMS / "metadata")
+
+
+def _object(file: Path) -> dict[str, Any]:
     try:
-        return strict.read_json_object(folder / SUMS / "metadata")
+        return strict.read_json_object(file)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -183,10 +205,22 @@ def _shapes(state: Path) -> dict[str, tuple[int, ...]]:
 def _trained(state: Path, told: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Leaves of a checkpoint, with the sums that it tells."""
     found = _restore(state, {"trainable": wanted})
-    for name, value in jax.device_get(sums(found)).items():
-        if told.get(name) != int(value):
-            raise CheckpointError(f"{state}: the numbers of {name} are damaged")
+    check(state, found, told)
     return found["trainable"]
+
+
+def _frozen(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Leaves that the run does not train, with the sums that it tells."""
+    found = _restore(folder / FROZEN, wanted)
+    check(folder / FROZEN, found, _object(folder / FROZEN_SUMS))
+    return found
+
+
+def check(where: Path, found: Any, told: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the arrays have not the check sums that were told."""
+    for name, value in numbers(found).items():
+        if told.get(name) != value:
+            raise CheckpointError(f"{where}: the numbers of {name} are damaged")
 
 
 def _restore(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +238,11 @@ def _restore(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(leaf, jax.Array):  # what is not there is handed back as it was asked for
             raise CheckpointError(f"{folder}: {jax.tree_util.keystr(path)} is missing")
     return found
+
+
+def numbers(changing: Any) -> dict[str, int]:
+    """A check sum of every array, by its path."""
+    return {name: int(value) for name, value in jax.device_get(sums(changing)).items()}
 
 
 @jax.jit

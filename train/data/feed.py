@@ -108,6 +108,7 @@ class Feed:
     """The batches of a mixture.
 
     sources: rows by name; each has its weight's part of all rows
+    seed: one number, or several
     own: the rows of a batch that this process is to have; None for all
     """
 
@@ -116,13 +117,14 @@ class Feed:
         sources: Mapping[str, Any],
         weights: Mapping[str, float],
         batch: int,
-        seed: int,
+        seed: int | tuple[int, ...],
         own: Sequence[int] | None = None,
     ) -> None:
         grain = _grain()
         total = sum(weights.values())
         named = sorted(weights)
-        rows = [Shuffled(sources[name], (seed, *name.encode())) for name in named]
+        seeds = seed if isinstance(seed, tuple) else (seed,)
+        rows = [Shuffled(sources[name], (*seeds, *name.encode())) for name in named]
         mixed = rows[0]
         if len(rows) > 1:
             mixed = grain.MapDataset.mix(

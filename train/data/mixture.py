@@ -37,7 +37,8 @@ class Data:
         """home: where the tokenizer's files lie. Raises InputError."""
         encode = reader.encode(tokenizer, config.data.learn)
         made_by = {"reader": reader.name, "learn": config.data.learn, "tokenizer": _digest(home)}
-        self._config, self._reader, self._told = config, reader, set()
+        self._config, self._reader = config, reader
+        self._rows: dict[tuple[str, int], Rows] = {}
         self.stores: dict[str, Store] = {}
         for source in config.sources:
             path = Path(source.path)
@@ -60,17 +61,18 @@ class Data:
     def feed(self, stage: Stage) -> Feed:
         """The batches of a phase. Raises InputError where nothing fits into its rows."""
         weights = {name: weight for name, weight in stage.weights.items() if weight > 0}
-        rows = {name: self._rows(name, stage.length) for name in weights}
-        return Feed(rows, weights, stage.batch, self._config.run.seed)
+        rows = {name: self._packed(name, stage.length) for name in weights}
+        return Feed(rows, weights, stage.batch, (self._config.run.seed, stage.begin))
 
-    def _rows(self, name: str, length: int) -> Rows:
+    def _packed(self, name: str, length: int) -> Rows:
+        if (name, length) in self._rows:
+            return self._rows[name, length]
         found = Rows(self.stores[name], length, self._config.data.packing, self._reader.cut)
         path = next(source.path for source in self._config.sources if source.name == name)
         if not len(found):
             raise InputError(f"{path}: nothing to learn from in rows of {length} tokens")
-        if (name, length) not in self._told:
-            self._told.add((name, length))
-            _tell(path, len(self.stores[name]), found, length)
+        _tell(path, len(self.stores[name]), found, length)
+        self._rows[name, length] = found
         return found
 
 

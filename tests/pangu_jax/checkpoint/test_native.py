@@ -397,6 +397,19 @@ def test_a_frozen_leaf_that_is_not_there(made: dict[str, Run], tmp_path: Path) -
         refused(folder, str(folder / "frozen"))
 
 
+def test_frozen_numbers_that_are_others(made: dict[str, Run], tmp_path: Path) -> None:
+    folder = made["frozen"].copied(tmp_path / "run")
+    with ocp.StandardCheckpointer() as reader:
+        held = reader.restore((folder / "frozen").absolute())
+    name = sorted(held)[-1]
+    held[name] = held[name].at[0].add(1e-3)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save((folder / "frozen").absolute(), held, force=True)
+    refused(folder, f"the numbers of ['{name}'] are damaged")
+    (folder / "frozen.json").unlink()
+    refused(folder, "frozen.json")
+
+
 @pytest.mark.parametrize("name", ["9", "٣", "1e3", "-9", "９"])
 def test_other_names_among_the_checkpoints(name: str, made: dict[str, Run], tmp_path: Path) -> None:
     """What is no number of a step is none; what is must be one."""

@@ -170,6 +170,14 @@ def test_the_seed_of_the_run_orders_the_rows(tmp_path: Path, two: tuple[Source, 
     assert a.tolist() != b.tolist()
 
 
+def test_a_later_phase_does_not_begin_as_the_first_did(
+    tmp_path: Path, two: tuple[Source, Source]
+) -> None:
+    run = config(*two, phases=(Phase(2, batch=8), Phase(2, batch=8)))
+    a, b = (data(run, tmp_path / "run").feed(stage)[0].tokens for stage in run.stages)
+    assert a.tolist() != b.tolist()
+
+
 def test_one_file_needs_no_name(tmp_path: Path, two: tuple[Source, Source]) -> None:
     run = config(path=two[1].path)
     found = data(run, tmp_path / "run")
