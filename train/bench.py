@@ -219,8 +219,8 @@ def jax_steps(model: Pangu, batch: Batch, section: OptimizerSection) -> Steps:
 
 def _check_peer(config: ModelConfig) -> None:
     """Raises InputError where there can be no peer."""
-    if config.moge is not None:
-        raise InputError("--peer is for dense models: it has no experts")
+    if config.moge is not None and (config.moge.router, config.moge.per_group) != ("grouped", 1):
+        raise InputError("--peer routes as MoGE does: one expert of every group")
     if jax.default_backend() != "cpu":
         raise InputError("--peer runs on the CPU: compare with JAX_PLATFORMS=cpu")
     if importlib.util.find_spec("torch") is None:

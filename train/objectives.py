@@ -1,8 +1,8 @@
 """What training minimises: the cross-entropy of the next token, without a [tokens, vocabulary]
 array, and what keeps a MoGE's experts busy.
 
-Everything here is global: `loss` opens the one shard_map of a step and gradients are taken outside
-of it.
+Everything here is global: `objective` opens the one shard_map of a step and gradients are taken
+outside of it.
 """
 
 import dataclasses
@@ -111,12 +111,30 @@ def objective(
         and all tokens: the objectives, and what routers did, of all parts add up to the batch's
     adapters: low-rank ones beside the model's matrices
     """
-    where = model.layout
     rows = batch.tokens.shape[0]
-    more = [(0, where.round_rows(rows) - rows), (0, 0)]
+    more = [(0, model.layout.round_rows(rows) - rows), (0, 0)]
     batch = jax.tree.map(lambda grid: jnp.pad(grid, more), batch)
     of_all = batch.weights.sum() if count is None else count
     of_all = jnp.maximum(of_all, jnp.finfo(jnp.float32).tiny)
+    nats, squares, router = _sums(model, batch, wanted.remat, adapters)
+    nats, squares = nats / of_all, squares / of_all
+    total, balance = nats + wanted.z_loss * squares, None
+    if (moge := model.config.moge) is not None:
+        E = moge.num_experts
+        load, shares, entropy = jnp.split(router, [E, 2 * E], axis=1)
+        own = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
+        scale = E / (moge.experts_per_token * own * own)
+        balance = (load * shares).sum(axis=1).mean() * scale * share
+        total = total + wanted.balance * balance
+        router = Router(load, entropy[:, 0] / (own if tokens is None else tokens))
+    return total, Measures(nats, squares, balance, router)
+
+
+def _sums(
+    model: Pangu, batch: Batch, remat: Remat | None, adapters: Adapters | None
+) -> tuple[Array, Array, Any]:
+    """Of all tokens: those of `cross_entropy`, and of every layer those of `_of_router`."""
+    where = model.layout
 
     def local(model: Pangu, batch: Batch, adapters: Adapters | None) -> tuple[Array, Array, Any]:
         meta = Meta(batch.positions, batch.segments > 0, batch.segments)
@@ -125,7 +143,7 @@ def objective(
         tap = functools.partial(_of_router, valid)
         tap = tap if model.config.moge is not None else lambda x, routing: None
         tokens = batch.tokens.reshape(-1)
-        forward = functools.partial(pangu.tapped_forward, remat=wanted.remat, adapters=adapters)
+        forward = functools.partial(pangu.tapped_forward, remat=remat, adapters=adapters)
         hidden, _, kept = forward(model, tokens, meta, None, tap)
         sums = cross_entropy(model, hidden, batch.targets.reshape(-1), batch.weights.reshape(-1))
         router = jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept)
@@ -135,18 +153,7 @@ def objective(
 
     of_adapters = None if adapters is None else lora.specs(model, adapters)
     run = on_mesh(model, local, (where.rows, of_adapters), PartitionSpec())
-    nats, squares, router = run(model, batch, adapters)
-    nats, squares = nats / of_all, squares / of_all
-    total, balance = nats + wanted.z_loss * squares, None
-    if model.config.moge is not None:
-        E = model.config.moge.num_experts
-        load, shares, entropy = jnp.split(router, [E, 2 * E], axis=1)
-        own = jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32)
-        scale = E / (model.config.moge.experts_per_token * own * own)
-        balance = (load * shares).sum(axis=1).mean() * scale * share
-        total = total + wanted.balance * balance
-        router = Router(load, entropy[:, 0] / (own if tokens is None else tokens))
-    return total, Measures(nats, squares, balance, router)
+    return run(model, batch, adapters)
 
 
 def _of_router(valid: Array, x: Array, routing: Routing | None) -> Float[Array, " columns"]:

@@ -1,4 +1,4 @@
-"""The training step of a dense model in PyTorch, to compare ours with: speed, loss and gradients.
+"""The training step of either model in PyTorch, to compare ours with: speed, loss and gradients.
 
 Plain eager PyTorch as its documentation would have it, written from the architecture and sharing
 nothing with the JAX code but the names and shapes of leaves. This is the only module that needs
@@ -15,7 +15,7 @@ from torch import Tensor  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from pangu_jax import build
-from pangu_jax.config import ModelConfig
+from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.model import Pangu
 from train.config import OptimizerSection
 from train.objectives import Batch
@@ -69,7 +69,8 @@ def loss(w: Tensors, layers: list[Tensors], config: ModelConfig, batch: Tensors)
     for layer in layers:
         h = norm(x, layer["attention_norm.weight"])
         x = x + _attention(layer, config, h, angles, visible)
-        x = x + _mlp(layer, norm(x, layer["mlp_norm.weight"]))
+        h = norm(x, layer["mlp_norm.weight"])
+        x = x + (_mlp(layer, h) if config.moge is None else _moge(layer, config.moge, h))
     logits = F.linear(norm(x, w["norm.weight"]), w.get("head", w["embed"]))
     targets = batch["targets"].flatten().long()
     each = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
@@ -105,9 +106,29 @@ def _attention(
     return F.linear(mixed, w["attention.out"], w.get("attention.out_bias"))
 
 
-def _mlp(w: Tensors, x: Tensor) -> Tensor:
-    gate, up = F.linear(x, w["mlp.gate_up"].flatten(0, 1)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, w["mlp.down"])
+def _mlp(w: Tensors, x: Tensor, name: str = "mlp") -> Tensor:
+    return _swiglu(x, w[f"{name}.gate_up"], w[f"{name}.down"])
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up.flatten(0, 1)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def _moge(w: Tensors, config: MoGEConfig, x: Tensor) -> Tensor:
+    """The experts one after the other, each with the tokens that chose it."""
+    rows = x.flatten(0, 1)
+    shares = F.linear(rows, w["mlp.router"]).float().softmax(-1)
+    groups = shares.view(len(rows), config.num_groups, -1)
+    best, place = groups.max(-1)  # of equal ones the first
+    chosen = place + torch.arange(config.num_groups) * groups.shape[-1]
+    weights = best * w["mlp.router_scale"][chosen]
+    routed = torch.zeros_like(rows)
+    for expert in range(config.num_experts):
+        token, group = torch.where(chosen == expert)
+        y = _swiglu(rows[token], w["mlp.gate_up"][expert], w["mlp.down"][expert])
+        routed = routed.index_add(0, token, y * weights[token, group, None])
+    return routed.view_as(x) + _mlp(w, x, "mlp.shared")
 
 
 def _visible(segments: Tensor) -> Tensor:
@@ -132,8 +153,10 @@ def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _adamw(weights: Tensors, section: OptimizerSection) -> torch.optim.AdamW:
-    """Matrices decay; norms and biases do not. Fused where this PyTorch has that on a CPU."""
-    bare = lambda name: name.endswith(("bias", "norm.weight"))
+    """Matrices decay; norms, biases and the router's scale do not. Fused where this PyTorch has
+    that on a CPU.
+    """
+    bare = lambda name: name.endswith(("bias", "norm.weight", "router_scale"))
     groups = [
         {
             "params": [leaf for name, leaf in weights.items() if not bare(name)],

@@ -131,36 +131,7 @@ def make(
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        lower, still = (_cast(own, jnp.dtype(dtype)) for own in (state.trainable, state.frozen))
-        of_model = functools.partial(
-            objectives.objective,
-            wanted=wanted,
-            count=batch.weights.sum(),
-            share=1 / parts,
-            tokens=jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32),
-        )
-
-        def of_part(lower: Leaves, part: Batch) -> tuple[Array, Measures]:
-            if adapt is None:
-                return of_model(merge(like, lower, still), part, adapters=None)
-            adapters = lora.held(like, lower, adapt)
-            return of_model(merge(like, {}, still), part, adapters=adapters)
-
-        gradients = jax.value_and_grad(of_part, has_aux=True)
-        whole = lambda leaves: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), leaves)
-        if parts == 1:
-            (_, found), grads = gradients(lower, batch)
-            grads = whole(grads)
-        else:
-            shapes = jax.eval_shape(lambda: gradients(lower, _cut(batch, parts, like, 0)))
-            blank = lambda leaf: jnp.zeros(leaf.shape, jnp.float32)
-            start = jax.tree.map(blank, ((shapes[0][1]), shapes[1]))
-
-            def add(sums: Any, number: Array) -> tuple[Any, None]:
-                (_, found), grads = gradients(lower, _cut(batch, parts, like, number))
-                return jax.tree.map(jnp.add, sums, (found, whole(grads))), None
-
-            (found, grads), _ = lax.scan(add, start, jnp.arange(parts))
+        found, grads = _gradients(like, state, batch, wanted, jnp.dtype(dtype), parts, adapt)
         with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
             trainable = cast(Leaves, optax.apply_updates(state.trainable, updates))
@@ -179,6 +150,45 @@ def make(
         return lax.with_sharding_constraint(state, places(like, state)), metrics
 
     return step
+
+
+def _gradients(
+    like: Pangu,
+    state: State,
+    batch: Batch,
+    wanted: Objective,
+    dtype: jnp.dtype,
+    parts: int,
+    adapt: float | None,
+) -> tuple[Measures, Leaves]:
+    """What a batch's objective is made of, and its float32 gradient."""
+    lower, still = (_cast(own, dtype) for own in (state.trainable, state.frozen))
+    of_model = functools.partial(
+        objectives.objective,
+        wanted=wanted,
+        count=batch.weights.sum(),
+        share=1 / parts,
+        tokens=jnp.maximum((batch.segments > 0).sum(), 1).astype(jnp.float32),
+    )
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def gradients(lower: Leaves, part: Batch) -> tuple[Array, Measures]:
+        if adapt is None:
+            return of_model(merge(like, lower, still), part, adapters=None)
+        adapters = lora.held(like, lower, adapt)
+        return of_model(merge(like, {}, still), part, adapters=adapters)
+
+    def of_part(part: Batch) -> tuple[Measures, Leaves]:
+        (_, found), grads = gradients(lower, part)
+        return found, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+
+    if parts == 1:
+        return of_part(batch)
+    cut = lambda number: _cut(batch, parts, like, number)
+    add = lambda sums, number: (jax.tree.map(jnp.add, sums, of_part(cut(number))), None)
+    shapes = jax.eval_shape(lambda: of_part(cut(0)))
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.scan(add, blank, jnp.arange(parts))[0]
 
 
 def _cast(own: Leaves, dtype: jnp.dtype) -> Leaves:

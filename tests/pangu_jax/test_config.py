@@ -10,7 +10,7 @@ from pangu_jax import config as configs
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.errors import ConfigError
 
-PRESETS = ["nano", "nano-moge", "mini", "embedded-1b", "embedded-7b", "pro-moe-72b"]
+PRESETS = ["nano", "nano-moge", "mini", "mini-moge", "embedded-1b", "embedded-7b", "pro-moe-72b"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,9 @@ def test_the_tree_has_as_many_numbers_as_the_formula(name: str, form: str) -> No
 
 
 def test_unknown_preset_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="known: embedded-1b, embedded-7b, mini, nano, nano-moge"):
+    with pytest.raises(
+        ConfigError, match="known: embedded-1b, embedded-7b, mini, mini-moge, nano,"
+    ):
         pangu_jax.preset("embedded-8b")
 
 

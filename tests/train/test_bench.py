@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pangu_jax
 from infer import bench as probes
 from pangu_jax import build
-from pangu_jax.config import ModelConfig
+from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.model import Pangu
 from train import __main__ as door
 from train import bench, flops, objectives
@@ -208,7 +208,6 @@ def test_numbers_that_are_not_the_peers_are_a_failed_check(
         (["--batch", "0"], "--batch and --repeats must be at least 1"),
         (["--repeats", "-1"], "--batch and --repeats must be at least 1"),
         (["--model", "nani"], "no models configuration named"),
-        (["--model", "nano-moge", "--peer"], "--peer is for dense models"),
         (["--length", "2", "--peer"], "--peer needs PyTorch: pip install torch"),
     ],
     ids=str,
@@ -239,15 +238,34 @@ def random_model(config: ModelConfig) -> Pangu:
     return build.fill(model, leaf)
 
 
-@pytest.mark.parametrize(("tied", "bias"), [(True, True), (False, False)])
-def test_the_peer_takes_our_steps(tied: bool, bias: bool) -> None:
+def test_no_peer_routes_in_another_way(capsys, tmp_path) -> None:
+    file = tmp_path / "topk.toml"
+    file.write_text(
+        TOML.replace("intermediate_size = 24\n", "")
+        + "[moge]\nnum_experts = 8\nnum_groups = 2\nper_group = 2\nexpert_width = 8\n"
+        + "shared_width = 8\n"
+    )
+    assert door.main(["bench", "--model", str(file), "--length", "2", "--peer"]) == 2
+    assert "--peer routes as MoGE does: one expert of every group" in capsys.readouterr().err
+
+
+EXPERTS = MoGEConfig(num_experts=12, num_groups=3, expert_width=16, shared_width=24)
+
+
+@pytest.mark.parametrize(
+    ("tied", "bias", "moge"), [(True, True, None), (False, False, None), (False, True, EXPERTS)]
+)
+def test_the_peer_takes_our_steps(tied: bool, bias: bool, moge: MoGEConfig | None) -> None:
     """Four losses and gradient norms of rows of several examples, in one of which there is padding
     and what is not to be learnt: every leaf's gradient, clipping, decay, the schedule.
     """
     pytest.importorskip("torch")
     from train import peer
 
-    config = dataclasses.replace(TINY, tie_embeddings=tied, attention_bias=bias)
+    width = TINY.intermediate_size if moge is None else None
+    config = dataclasses.replace(
+        TINY, tie_embeddings=tied, attention_bias=bias, moge=moge, intermediate_size=width
+    )
     whole = bench.random_batch(config.vocab_size, 140, 3)
     assert whole.segments.max() == 4
     kept = np.arange(140)[None, :] < np.array([[140], [131], [140]])
