@@ -247,18 +247,17 @@ def write(home: Path) -> None:
 
 
 def _table(found: dict[Variant, list[dict]], times: dict[str, list[float]]) -> list[str]:
-    head = ("router", "held-out loss", "imbalance", "fullest rank", "spread of experts", "step, s")
+    head = (
+        *("router", "held-out loss", "less MoGE's, same seed", "imbalance", "fullest rank"),
+        *("spread of experts", "step, s"),
+    )
+    of_moge = [run["loss"] for run in found[VARIANTS[-1]]]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for variant, runs in found.items():
-        values = [
-            _of(runs, name, digits)
-            for name, digits in (
-                ("loss", 4),
-                ("imbalance", 3),
-                ("slowest", 3),
-                ("expert_spread", 2),
-            )
-        ]
+        of = lambda name, digits, runs=runs: _said([run[name] for run in runs], digits)
+        apart = [run["loss"] - other for run, other in zip(runs, of_moge, strict=True)]
+        values = [of("loss", 4), "" if variant == VARIANTS[-1] else _said(apart, 4)]
+        values += [of("imbalance", 3), of("slowest", 3), of("expert_spread", 2)]
         own = times.get(str(variant.groups))
         step = (
             "" if own is None else f"{statistics.median(own):.3f} ({min(own):.3f}-{max(own):.3f})"
@@ -267,9 +266,8 @@ def _table(found: dict[Variant, list[dict]], times: dict[str, list[float]]) -> l
     return [f"| {line} |" for line in lines]
 
 
-def _of(runs: Sequence[dict], name: str, digits: int) -> str:
+def _said(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation between seeds."""
-    values = [run[name] for run in runs]
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -11,7 +11,7 @@ import pangu_jax
 from infer import generation, loading, progress
 from infer.commands import Check
 from infer.sampling import Sampling
-from pangu_jax.checkpoint import hf, names
+from pangu_jax.checkpoint import hf, names, native
 from pangu_jax.checkpoint.folder import Folder
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import PanguError
@@ -49,6 +49,7 @@ def inspect(folder: Path, skip_run: bool = False) -> Iterator[Finding]:
     """The findings in order of dependence, up to the first that is bad."""
     stage = "config"
     try:
+        folder = native.published(folder)
         config, raw = hf.read_config(folder)
         yield Finding(True, stage, describe(config, raw.get("model_type", "?")))
         stage = "tokenizer"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from infer import progress
 from infer.commands import Quantize
-from pangu_jax.checkpoint import hf, streamed
+from pangu_jax.checkpoint import hf, native, streamed
 from pangu_jax.checkpoint.folder import Folder
 from pangu_jax.checkpoint.quantised import Description
 from pangu_jax.quant import scheme
@@ -13,7 +13,8 @@ from pangu_jax.quant import scheme
 
 def run(command: Quantize) -> int:
     """Writes the folder and says how much smaller it is."""
-    source, target, start = Path(command.model), Path(command.output), time.perf_counter()
+    source, target = native.published(Path(command.model)), Path(command.output)
+    start = time.perf_counter()
     config, _ = hf.read_config(source)
     said = Description(scheme.named(command.recipe, config), command.format)
     with progress.reading("quantising") as advance:

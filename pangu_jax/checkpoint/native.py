@@ -92,6 +92,16 @@ def home(folder: Path) -> Path:
     return final if is_run(folder) and final.is_dir() else folder
 
 
+def published(folder: Path) -> Path:
+    """Where the Hugging Face folder of a folder lies. Raises CheckpointError for a run that is not
+    finished, whose model only `load` reads.
+    """
+    found = home(folder)
+    if is_run(found):
+        raise CheckpointError(f"{folder}: the run is not finished; this needs its {FINAL} folder")
+    return found
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Files that differ where a folder's weights do; of a run the check sums of its newest
     checkpoint. Raises CheckpointError.

@@ -252,6 +252,32 @@ def test_of_a_finished_run_it_is_the_end(run: Run, tmp_path: Path) -> None:
     same(dict(build.named_leaves(found)), numbers)
 
 
+def test_the_published_folder_of_a_run_is_its_end(run: Run, tmp_path: Path) -> None:
+    folder = run.copied(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"the run is not finished; this needs its final"):
+        native.published(folder)
+    (folder / "final").mkdir()
+    assert native.published(folder) == folder / "final"
+    assert native.published(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "argv", [("check",), ("quantize", "--recipe", "w8a8", "--output")], ids=["check", "quantize"]
+)
+def test_commands_that_read_files_read_the_end(
+    argv: tuple[str, ...], run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *flags = argv
+    flags += [str(tmp_path / "out")] if flags else ["--skip-run"]
+    folder = run.copied(tmp_path / "run")
+    argv = (name, "--model", str(folder), *flags)
+    assert door.main(list(argv)) != 0
+    captured = capsys.readouterr()
+    assert f"{folder}: the run is not finished" in captured.out + captured.err
+    pangu_jax.save_hf(pangu_jax.load(folder), folder / "final")
+    assert door.main(list(argv)) == 0
+
+
 def test_a_command_opens_it(
     made: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
