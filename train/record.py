@@ -89,9 +89,9 @@ class Record:
         """
         kept = _cut(folder.metrics, step, read)
         _cut(folder.router, step, _objects)
+        self._board = _board(folder.tensorboard, step) if tensorboard else None  # may be refused
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._router_file = folder.router.open("a", encoding="utf-8")
-        self._board = _board(folder.tensorboard, step) if tensorboard else None
         self._losses = collections.deque([line["loss"] for line in kept], SPIKE_WINDOW)
         self._show, self._spike, self._peak = show, spike, peak
         self._load: np.ndarray | None = None

@@ -16,7 +16,8 @@ from pangu_jax.config import configs_folder
 from pangu_jax.errors import InputError
 from tests.train.tasks import test_tasks
 from train import __main__ as door
-from train import config, data, tasks
+from train import config, tasks
+from train.data import examples, records
 from train.tasks import files
 from train.tasks.problem import Problem
 
@@ -121,8 +122,9 @@ def test_fast_and_slow_are_of_different_problems(written: Path) -> None:
 def test_sft_reads_every_line(tmp_path: Path) -> None:
     tokenizer = pangu_jax.Tokenizer.load(configs_folder() / "tokenizers" / "nano")
     files.write(tmp_path, ALL, 192, 0, 0)
-    examples = list(data.conversations(tmp_path / "train.jsonl", tokenizer))
-    for line, example in zip(lines(tmp_path / "train.jsonl"), examples, strict=True):
+    encode = examples.conversations(tokenizer)
+    for record in records.read(tmp_path / "train.jsonl"):
+        (example,), line = examples.of(record, encode), record.value
         said = tokenizer.decode(example.ids[example.learn])
         answer = line["messages"][1]
         assert said == f"[unused16]{answer['thinking']}[unused17]{answer['content']}[unused10]"
