@@ -713,7 +713,7 @@ def test_a_spike_is_a_failure(
     rows[0] = {"text": "Zq! xv? ~ JKW {%} ^ ü"}
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data.path", str(tmp_path / "data.jsonl"), "--run.steps", "30"]
-    flags += ["--run.spike", "2", *SKIP, "--run.seed", "1"]
+    flags += ["--run.spike", "2", *SKIP, "--run.seed", "227"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "SPIKE_WINDOW", 5)
         assert runs.start("text", home, output, *flags) == 0
