@@ -39,7 +39,7 @@ BEGIN, END = "<!-- written by ablation.py: begin -->", "<!-- end -->"
 # token takes 8, and as many devices as the largest number of groups.
 EXPERTS, CHOSEN, RANKS, SEEDS = 64, 8, 8, (0, 1, 2)
 LENGTH, BATCH, BALANCE, VALIDATION = 128, 8, 0.01, 64
-STEPS = 700
+STEPS = 350
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,14 @@ def test_chat_flags_are_for_lines_that_do_not_say(batch: Batch, played, words) -
     ]
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", "1", "--seed", "4", "--top-p", "0.9"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--temperature", "1", "--seed", "4", "--top-p", "0.9"],
+    ],
+    ids=["greedy", "sampled"],
+)
 def test_every_prompt_is_answered_as_if_alone(batch: Batch, folder, words, flags) -> None:
     lines = [{"prompt_ids": [1, 5 + i, 9]} for i in range(5)]
     lines[3]["sampling"] = {"temperature": 1.0, "seed": 3}

@@ -33,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("model", ["nano", "nano-moge"])
+@pytest.mark.parametrize("model", ["nano", pytest.param("nano-moge", marks=pytest.mark.slow)])
 def test_the_demo_shows_all_of_it(model: str, tmp_path: Path, capsys) -> None:
     flags = ["demo", "--model", model, "--output", str(tmp_path), "--seed", "7"]
     assert door.main(flags) == 0
