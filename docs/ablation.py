@@ -1,9 +1,10 @@
 """Conventional MoE against MoGE: trains, measures and writes ablation.md and ablation.png.
 
-    JAX_NUM_CPU_DEVICES=8 python docs/ablation.py [--runs FOLDER] [--steps N] [--write]
+    JAX_NUM_CPU_DEVICES=8 python docs/ablation.py [--runs FOLDER] [--seeds N ...] [--write]
 
-Every run takes some minutes and is kept in FOLDER; the same command goes on where it stopped. With
---write the page is written from what is there.
+Every run takes some minutes and is kept in FOLDER; the same command goes on where it stopped. Seeds
+may be run side by side; the times of steps come when all are there. With --write the page is
+written from what is there.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, choices=SEEDS)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
@@ -89,15 +91,16 @@ def main() -> None:
         return
     arguments.runs.mkdir(parents=True, exist_ok=True)
     data = _data(arguments.runs)
-    for seed in SEEDS:
+    for seed in arguments.seeds:
         for variant in VARIANTS:
             run(arguments.runs, variant, seed, arguments.steps, data)
-    step_times(arguments.runs, data)
+    if all(_result(arguments.runs, v, seed).exists() for v in VARIANTS for seed in SEEDS):
+        step_times(arguments.runs, data)
 
 
 def run(home: Path, variant: Variant, seed: int, steps: int, data: dict[str, Path]) -> None:
     """One run and its measures on what no run learns from, if they are not there yet."""
-    result = home / f"{variant.groups}-{seed}.json"
+    result = _result(home, variant, seed)
     if result.exists():
         return
     progress.say(f"{variant.name}, seed {seed}")
@@ -109,6 +112,10 @@ def run(home: Path, variant: Variant, seed: int, steps: int, data: dict[str, Pat
     found = validate(model, data["validation"])
     losses = [line["loss"] for line in record.read(folder / "metrics.jsonl")]
     result.write_text(json.dumps({**found, "losses": losses}), encoding="utf-8")
+
+
+def _result(home: Path, variant: Variant, seed: int) -> Path:
+    return home / f"{variant.groups}-{seed}.json"
 
 
 def _config(home: Path, variant: Variant, seed: int, steps: int, data: Path) -> Config:
@@ -233,7 +240,7 @@ def write(home: Path) -> None:
         variant: [
             json.loads(file.read_text(encoding="utf-8"))
             for seed in SEEDS
-            if (file := home / f"{variant.groups}-{seed}.json").exists()
+            if (file := _result(home, variant, seed)).exists()
         ]
         for variant in VARIANTS
     }

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pangu_jax import paged, rope
@@ -20,6 +21,9 @@ from pangu_jax.quant.cached import Rows
 # Queries whose scores are held at once: bounds the [B, Q, block, S] float32 scores of long prompts
 # (own choice).
 QUERY_BLOCK = 128
+
+# What a backward pass may keep in place of attending again (model.py).
+ATTENTION_OUTPUT = "attention"
 
 # A position no query reaches: hides padding from the causal comparison.
 NEVER = 2**30
@@ -68,7 +72,8 @@ class Attention(nnx.Module):
         if cache is None:
             assert isinstance(meta, Meta)
             at = jnp.where(meta.valid, meta.positions, NEVER)
-            return attend(queries, keys, values, meta.positions, at, meta.segments), None
+            mixed = attend(queries, keys, values, meta.positions, at, meta.segments)
+            return checkpoint_name(mixed, ATTENTION_OUTPUT), None
         scales = None if self.cache_scale is None else self.cache_scale[...]
         cache = cache.write(keys, values, meta, scales)
         if isinstance(meta, PagedMeta):

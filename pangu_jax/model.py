@@ -37,13 +37,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pangu_jax import adapted, rope, tokens_and_mask
 from pangu_jax import cache as caches
 from pangu_jax.adapted import Adapters
-from pangu_jax.attention import Attention
+from pangu_jax.attention import ATTENTION_OUTPUT, Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
-from pangu_jax.errors import ConfigError
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
-from pangu_jax.moge import Experts, MoGE, Routing
+from pangu_jax.moge import EXPERTS_OUTPUT, Experts, MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
 from pangu_jax.paged import AnyMeta
@@ -55,7 +54,7 @@ from pangu_jax.quant import leaves
 from pangu_jax.quant.scheme import FLOAT, Recipe
 
 Form = Literal["separate", "stacked"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["dots", "full"]
 Tap = Callable[[Array, Routing | None], Any]
 
 
@@ -209,8 +208,8 @@ def tapped_forward(
     """`forward`, and what `tap(x, routing)` keeps of every layer: one stacked pytree per run of
     layers.
 
-    remat: what of a layer the backward pass computes again: nothing, all but its products, or all
-        of it; None is nothing, and all under fsdp
+    remat: what of a layer the backward pass computes again: all but its products ("dots"), or all
+        of it; None is whatever suits the layout
     adapters: low-rank ones beside its matrices (lora.py), as this device has them; not with a cache
     """
     assert adapters is None or cache is None
@@ -220,7 +219,7 @@ def tapped_forward(
         config = model.config
         angles = rope.table(meta.positions, config.rope_theta, config.head_dim, model.dtype)
 
-        again = _again(remat, where)
+        again = _again(remat or default_remat(where)) if cache is None else lambda layer: layer
         run_layers = _scan_run if model.form == "stacked" else _single_layer
         keys, values, kept = [], [], []
         for i, (block, spec) in enumerate(zip(model.blocks, specs.blocks, strict=True)):
@@ -248,24 +247,22 @@ def tapped_forward(
         return model.norm(x), cache, kept
 
 
-def check_remat(remat: Remat | None, where: Layout) -> None:
-    """Raises ConfigError for "none" under fsdp."""
-    if remat == "none" and where.of("fsdp"):
-        raise ConfigError(
-            "remat none: under fsdp the gathered weights of all layers would be kept; choose dots "
-            "or full"
-        )
+def default_remat(where: Layout) -> Remat:
+    """What a layout computes again by itself: under fsdp everything, as weights are gathered again;
+    else all but products, which is as fast as nothing, and keeps half as much.
+    """
+    return "full" if where.of("fsdp") else "dots"
 
 
-def _again(remat: Remat | None, where: Layout) -> Callable[[Callable], Callable]:
-    """A layer as `remat` wants it. Raises ConfigError as `check_remat`."""
-    check_remat(remat, where)
-    if remat == "full" or (remat is None and where.of("fsdp")):
+def _again(remat: Remat) -> Callable[[Callable], Callable]:
+    """A layer as `remat` wants it."""
+    if remat == "full":
         return jax.checkpoint
-    if remat == "dots":
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return functools.partial(jax.checkpoint, policy=keep)
-    return lambda layer: layer
+    policies = jax.checkpoint_policies
+    products = policies.dots_with_no_batch_dims_saveable  # of attention's scores no more
+    outputs = policies.save_only_these_names(ATTENTION_OUTPUT, EXPERTS_OUTPUT)
+    keep = policies.save_from_both_policies(products, outputs)
+    return functools.partial(jax.checkpoint, policy=keep)
 
 
 def _single_layer(

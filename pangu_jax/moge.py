@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.adapted import Adapted
@@ -29,6 +30,9 @@ from pangu_jax.parallel.layout import Layout
 from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.pytree import pytree, unchecked
 from pangu_jax.quant.weight import Weight
+
+# What a backward pass may keep in place of multiplying by the experts again (model.py).
+EXPERTS_OUTPUT = "experts"
 
 # Rows of a block where results must not depend on how many there are (`precision.same_bits`).
 SAME_BITS_BLOCK = 8
@@ -248,6 +252,7 @@ def mix_experts(
     row_of_pair = jnp.zeros(N * k, row.dtype).at[order].set(row)
     flat = rows.reshape(num_blocks * size, -1)
     chosen = flat.at[row_of_pair].get(mode="fill", fill_value=0).reshape(N, k, -1)
+    chosen = checkpoint_name(chosen, EXPERTS_OUTPUT)
     mixed = jnp.einsum("nkd,nk->nd", chosen, weights, preferred_element_type=jnp.float32)
     return mixed.astype(x.dtype)
 

@@ -134,9 +134,9 @@ class StepSection:
     compute: Literal["float32", "bfloat16"] = flag(
         "dtype of a step's products; the weights that are trained stay float32", "float32"
     )
-    remat: Literal["none", "dots", "full"] | None = flag(
-        "what of a layer the backward pass computes again: nothing, all but products, everything "
-        "(default: none, under fsdp full)",
+    remat: Literal["dots", "full"] | None = flag(
+        "what of a layer the backward pass computes again: all but products, or everything "
+        "(default: dots, under fsdp full)",
         None,
     )
     accumulate: int = flag("parts of a batch, one after the other: less memory, same step", 1)

@@ -46,9 +46,9 @@ def of(config: Config, target: targets.Target) -> Any:
             f"layout {shown} is for {where.num_devices} devices; {target} has "
             f"{target.num_devices}: choose another --model.layout, such as fsdp"
         )
-    work = Work(
-        "train", stage.batch, stage.length, _copies(config, model), _adapters(config, model)
-    )
+    kept, adapters = _copies(config, model), _adapters(config, model)
+    again = config.step.remat
+    work = Work("train", stage.batch, stage.length, kept, adapters, again)
     dtype, base = config.step.compute, config.lora.base
     recipe = FLOAT if base is None else scheme.named(base, model)
     held = base or ""

@@ -3,7 +3,6 @@
 import jax
 
 from pangu_jax import build, lora
-from pangu_jax import model as models
 from pangu_jax.model import Pangu
 from train import optimizer as optimizers
 from train import step as steps
@@ -25,7 +24,6 @@ class Recipe:
 
     def __init__(self, config: Config, model: Pangu) -> None:
         """model: its structure is all that is read. Raises ConfigError."""
-        models.check_remat(config.step.remat, model.layout)
         self._config = config
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)
         self._optimizer = optimizers.make(config.optimizer, config.stages)

@@ -89,7 +89,7 @@ class Plan:
     def _work(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.work)
         if self.work.phase != "train":
-            del fields["copies"], fields["adapters"]
+            del fields["copies"], fields["adapters"], fields["remat"]
         return fields
 
 

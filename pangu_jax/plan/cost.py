@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from pangu_jax import lora
 from pangu_jax.attention import QUERY_BLOCK
 from pangu_jax.config import ModelConfig
-from pangu_jax.model import Form, Pangu
+from pangu_jax.model import Form, Pangu, Remat, default_remat
 from pangu_jax.parallel import fit
 from pangu_jax.parallel.layout import Axes, Layout
 from pangu_jax.plan.hlo import Traffic, received
@@ -51,6 +51,7 @@ class Work:
 
     copies: in training, float32 numbers that are kept for every weight, itself among them; with
         adapters, for every number of theirs
+    remat: None is the layout's own (model.default_remat)
     """
 
     phase: Phase
@@ -58,6 +59,7 @@ class Work:
     context: int
     copies: float = TRAINED
     adapters: Adapters | None = None
+    remat: Remat | None = None
 
     @property
     def length(self) -> int:
@@ -112,8 +114,8 @@ def of(
         read = shape.weights_read(size) + cache
         return Cost(held, cache, working, shape.flops(), read, traffic)
     base, trained, lower = _of_training(config, where, dtype, work, recipe)
-    # Forward, backward to activations, and to weights; gathered layers are computed again.
-    passes = 2 + (work.adapters is None) + bool(where.of("fsdp"))
+    # Forward, backward to activations, and to weights; and what is computed again.
+    passes = 2 + (work.adapters is None) + (shape.remat == "full")
     held, read = base + int(trained * work.copies) + lower, 2 * base + (work.copies + 2) * trained
     return Cost(held, 0, working, shape.flops() * passes, float(read), traffic)
 
@@ -192,6 +194,7 @@ class Share:
         heads = where.size(where.of("heads"))
         self.Q, self.K = config.num_heads // heads, held.num_kv_heads // heads
         self.V = held.vocab_size // where.size(where.of("vocab"))
+        self.remat = work.remat or default_remat(where)
         self.rows = where.round_rows(work.batch) // where.size(where.of("batch"))
         self.N = self.rows * work.length
         self.shards = 1 if where.boundary.kind == "all_reduce" else heads
@@ -292,18 +295,30 @@ class Share:
         if self.work.phase != "train":
             return int(max(mlp, attention, logits))
         rows = min(LOSS_ROWS, self.head_rows())
-        return int(self._kept(mlp, size) + max(mlp, attention, 2 * 4 * rows * self.V))
+        layer = max(3 * self._products() * size, mlp, attention)  # one is differentiated at a time
+        return int(self._kept(size) + max(layer, 2 * 4 * rows * self.V))
 
-    def _kept(self, mlp: float, size: int) -> float:
+    def _kept(self, size: int) -> float:
         """What training keeps until the backward pass; with FSDP also what it has in one piece: a
         layer and its gradient, the head and its own, which in several chunks is a sum of two.
         """
         stream = self.L * self.padded // self.shards * self.D * size
-        if not self.where.of("fsdp"):  # nothing is computed again
-            return stream + self.L * (mlp + self.N * self.attention_params() // self.D * size)
+        kept = stream + (self.L * self._products() * size if self.remat == "dots" else 0)
+        if not self.where.of("fsdp"):
+            return kept
         heads = 3 if self.head_rows() > LOSS_ROWS else 2
         layer = self.attention_params() + self.held_mlp_params()
-        return float(stream + size * (heads * self.D * self.V + 2 * layer))
+        return float(kept + size * (heads * self.D * self.V + 2 * layer))
+
+    def _products(self) -> float:
+        """Numbers that the products of a layer make, attention's scores apart: q, k and v, what
+        heads see, what attention adds, gate and up, router logits, outputs of chosen experts.
+        """
+        made = self.N * (self.H * 2 * (self.Q + self.K) + self.D)
+        made += self.M * 2 * self.mlp_params() // (3 * self.D)
+        if (moge := self.config.moge) is not None:
+            made += self.M * moge.num_experts + self.pairs() * self.D
+        return made
 
     def layer_traffic(self, size: int) -> dict[str, Traffic]:
         """What a device receives in the forward pass of one layer, without FSDP's weights:

@@ -121,7 +121,7 @@ tables = table_of(
         tensorboard=st.booleans(),
     ),
     step=table_of(
-        {"remat": one_of("none", "dots", "full")},
+        {"remat": one_of("dots", "full")},
         compute=one_of("float32", "bfloat16"),
         accumulate=st.just(1),  # more than the rows of a batch is refused
         z_loss=numbers(0, 1e6),
@@ -815,7 +815,7 @@ def test_a_value_may_be_a_word_of_its_own() -> None:
         (["sft", "nano", "--run", "5"], "unknown option '--run'"),
         (["sft", "nano", "--source.path", "x"], "unknown option '--source.path'"),
         (["sft", "nano", "--phase", "x"], "unknown option '--phase'"),
-        (["sft", "nano", "--step.remat", "some"], "'some' is not one of none, dots, full"),
+        (["sft", "nano", "--step.remat", "some"], "'some' is not one of dots, full"),
         (["sft", "nano", "--optimizer.name=adam"], "'adam' is not one of adamw, muon"),
         (["sft", "nano", "--optimizer.ema="], "'' is not X"),
         (["sft", "nano", "--overrides", "{}"], "unknown option '--overrides'"),

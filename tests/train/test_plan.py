@@ -268,7 +268,6 @@ WHOLE = sum(SIZES.values())
         ({"step": {"accumulate": 3, "z_loss": 0.1, "balance": 0.1}}, 3 * WHOLE),
         ({"step": {"remat": "full"}}, 3 * WHOLE),
         ({"step": {"remat": "dots"}}, 3 * WHOLE),
-        ({"step": {"remat": "none"}}, 3 * WHOLE),
     ],
     ids=str,
 )
@@ -396,14 +395,6 @@ def test_a_step_of_adapters_is_compiled(capsys, tiny: Path, flags: tuple) -> Non
     assert door.main(["plan", str(tiny), "--target", "cpu", "--json", *more]) == 0
     (one,) = json.loads(capsys.readouterr().out)["plans"]
     assert formula <= one["compiled"]["resident"] < formula + 10_000
-
-
-def test_fsdp_without_recomputing_is_one_line(capsys) -> None:
-    flags = ("--target", "cpu:8", "--model.layout", "fsdp", "--step.remat", "none")
-    code, out, err = run(capsys, *flags)
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("error: remat none: under fsdp ")
-    assert err.count("error: ") == 1
 
 
 @pytest.mark.slow
