@@ -9,7 +9,9 @@ written from what is there.
 
 import argparse
 import dataclasses
+import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -214,12 +216,19 @@ def step_times(home: Path, data: dict[str, Path], repeats: int = 7) -> None:
 
 
 def _data(home: Path) -> dict[str, Path]:
-    """Problems to learn from, and others of the same kinds: held out, worked as the first are."""
-    folders = {"train": home / "train", "validation": home / "validation"}
-    for seed, folder in enumerate(folders.values()):
-        count = 60_000 if folder.name == "train" else 2_000
-        task_files.write(folder, tuple(tasks.TASKS), count, 1, seed)
-    return {name: folder / task_files.TRAINING for name, folder in folders.items()}
+    """Problems to learn from, and others, worked as the first are, that no training set holds."""
+    files = {"train": home / task_files.TRAINING, "validation": home / "validation.jsonl"}
+    if not files["train"].exists():
+        task_files.write(home, tuple(tasks.TASKS), 60_000, 0, 0)
+    lines = []
+    for number in range(32):
+        for task, difficulty in itertools.product(tasks.TASKS, tasks.DIFFICULTIES):
+            rng = random.Random(f"{number} {task} {difficulty}")
+            problem = next(tasks.draw(task, difficulty, rng, "held-out"))
+            lines.append(task_files.conversation(problem, ("fast", "slow")[number % 2]))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    files["validation"].write_text(text, encoding="utf-8")
+    return files
 
 
 def _toml(model: ModelConfig) -> str:
