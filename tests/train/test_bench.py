@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pangu_jax
 from infer import bench as probes
 from pangu_jax import build
+from pangu_jax import model as models
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.model import Pangu
 from train import __main__ as door
@@ -95,6 +96,23 @@ def test_flops_are_the_products_of_a_step(tied: bool) -> None:
     whole = products(jax.make_jaxpr(steps.make(model, optimizer))(state, batch).jaxpr)
     logits_again = 2 * config.hidden_size * config.vocab_size * T * B
     assert whole == 3 * forward + logits_again + scores  # which are made again, too
+
+
+@pytest.mark.parametrize("moge", [None, MoGEConfig(12, 3, 16, 24)], ids=["dense", "moge"])
+def test_only_scores_are_made_again(
+    moge: MoGEConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all products in a step, those of experts among them, beside a step that keeps all."""
+    width = TINY.intermediate_size if moge is None else None
+    config = dataclasses.replace(TINY, moge=moge, intermediate_size=width)
+    model = pangu_jax.abstract(config, form="stacked")
+    batch = bench.random_batch(config.vocab_size, 40, 3)
+    count = lambda: products(jax.make_jaxpr(jax.grad(objectives.loss))(model, batch).jaxpr)
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_again", lambda remat: lambda layer: layer)
+        everything_kept = count()
+    scores = 2 * config.num_layers * config.num_heads * config.head_dim * 40**2 * 3
+    assert count() - everything_kept == scores
 
 
 def test_parts_multiply_as_much_as_the_whole() -> None:
