@@ -47,8 +47,8 @@ def of(config: Config, target: targets.Target) -> Any:
             f"{target.num_devices}: choose another --model.layout, such as fsdp"
         )
     kept, adapters = _copies(config, model), _adapters(config, model)
-    again = config.step.remat
-    work = Work("train", stage.batch, stage.length, kept, adapters, again)
+    again, parts = config.step.remat, config.step.accumulate
+    work = Work("train", stage.batch, stage.length, kept, adapters, again, parts)
     dtype, base = config.step.compute, config.lora.base
     recipe = FLOAT if base is None else scheme.named(base, model)
     held = base or ""

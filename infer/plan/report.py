@@ -89,7 +89,8 @@ class Plan:
     def _work(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.work)
         if self.work.phase != "train":
-            del fields["copies"], fields["adapters"], fields["remat"]
+            of_training = ("copies", "adapters", "remat", "parts")
+            fields = {n: x for n, x in fields.items() if n not in of_training}
         return fields
 
 

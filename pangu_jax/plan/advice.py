@@ -69,6 +69,8 @@ def _alternatives(
 ) -> Iterator[tuple[str, Layout, str, Work]]:
     if dtype == "float32":
         yield "bfloat16 instead of float32", where, "bfloat16", work
+    if work.phase == "train":
+        yield from _of_training(where, dtype, work)
     if work.batch > 1:
         half = dataclasses.replace(work, batch=-(-work.batch // 2))
         yield f"{half.batch:,} sequences instead of {work.batch:,}", where, dtype, half
@@ -86,6 +88,13 @@ def _alternatives(
         mesh = dataclasses.replace(where.mesh, **{axis: 2 * ranks})
         twice = dataclasses.replace(where, mesh=mesh)
         yield f"{2 * devices} devices (mesh.{axis} = {2 * ranks})", twice, dtype, work
+
+
+def _of_training(where: Layout, dtype: str, work: Work) -> Iterator[tuple[str, Layout, str, Work]]:
+    if work.remat != "full":
+        yield "step.remat full", where, dtype, dataclasses.replace(work, remat="full")
+    if (parts := 2 * work.parts) <= work.batch:
+        yield f"step.accumulate {parts}", where, dtype, dataclasses.replace(work, parts=parts)
 
 
 def largest_batch(

@@ -52,6 +52,7 @@ class Work:
     copies: in training, float32 numbers that are kept for every weight, itself among them; with
         adapters, for every number of theirs
     remat: None is the layout's own (model.default_remat)
+    parts: of a batch, one after the other
     """
 
     phase: Phase
@@ -60,6 +61,7 @@ class Work:
     copies: float = TRAINED
     adapters: Adapters | None = None
     remat: Remat | None = None
+    parts: int = 1
 
     @property
     def length(self) -> int:
@@ -113,10 +115,13 @@ def of(
         held, cache = weight_bytes(config, where, dtype, recipe=recipe), shape.cache_bytes(size)
         read = shape.weights_read(size) + cache
         return Cost(held, cache, working, shape.flops(), read, traffic)
+    part = dataclasses.replace(work, batch=-(-work.batch // work.parts), parts=1)
+    working = Share(config, where, part, recipe).working(size)
     base, trained, lower = _of_training(config, where, dtype, work, recipe)
     # Forward, backward to activations, and to weights; and what is computed again.
     passes = 2 + (work.adapters is None) + (shape.remat == "full")
     held, read = base + int(trained * work.copies) + lower, 2 * base + (work.copies + 2) * trained
+    held += trained if work.parts > 1 else 0  # the gradient of a part beside the sum of all
     return Cost(held, 0, working, shape.flops() * passes, float(read), traffic)
 
 

@@ -288,6 +288,17 @@ def test_every_kind_of_step_is_lowered(tiny: Path, flags: dict[str, Any], held: 
     assert ("bf16" in lowered.as_text()) == low
 
 
+def test_parts_and_what_is_computed_again(capsys, tiny: Path) -> None:
+    """Less working memory: of one part of four rows, and without what is made again."""
+    plain = of_file(capsys, tiny)["formula"]
+    parts = of_file(capsys, tiny, "--step.accumulate=4")["formula"]
+    assert parts["working"] == of_file(capsys, tiny, "--data.batch=1")["formula"]["working"]
+    assert parts["weights"] == plain["weights"] + 4 * WHOLE  # a gradient, and the sum of all
+    again = of_file(capsys, tiny, "--step.remat=full")["formula"]
+    assert again["working"] < plain["working"]
+    assert again["flops"] == pytest.approx(plain["flops"] * 4 / 3)
+
+
 def test_products_of_bfloat16_are_faster_and_masters_as_large(capsys) -> None:
     plain = as_json(capsys, "--target", "v5e", "--formulas")
     low = as_json(capsys, "--target", "v5e", "--formulas", "--step.compute", "bfloat16")

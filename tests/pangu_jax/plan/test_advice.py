@@ -48,6 +48,9 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
             found[f"{2 * devices} devices (mesh.{axis} = {size})"] = held(twice, dtype, work)
     if dtype == "float32":
         found["bfloat16 instead of float32"] = held(where, "bfloat16", work)
+    if work.phase == "train":
+        found["step.remat full"] = held(where, dtype, replace(work, remat="full"))
+        found["step.accumulate 2"] = held(where, dtype, replace(work, parts=2))
     if work.phase != "train":
         of = lambda recipe: cost.of(LARGE, where, dtype, work, recipe).held
         found["int8 weights (recipe w8a8)"] = of(scheme.named("w8a8", LARGE))
@@ -69,6 +72,7 @@ def by_hand(where: Layout, dtype: str, work: Work, devices: int) -> dict[str, in
         ("tp8", "float32", DECODE),
         ("ep8", "bfloat16", Work("prefill", 9, 3001)),
         ("fsdp", "float32", Work("train", 8, 4096)),
+        ("ep8", "float32", Work("train", 64, 4096)),
     ],
 )
 def test_changes_save_what_they_say_largest_first(name: str, dtype: str, work: Work) -> None:
@@ -95,6 +99,17 @@ def test_fewer_bits_for_what_is_trained_only_where_that_saves() -> None:
     eight = "int8 weights (lora.base w8a16)"
     assert eight not in of(Work("train", 8, 512))
     assert eight in of(Work("train", 8, 512, adapters=Adapters(8, (), "float32")))
+
+
+def test_a_step_may_be_in_parts_or_computed_again() -> None:
+    """Until each device has one row of a part, and all is computed again."""
+    where = layout.load("ep8").over(8)
+    of = lambda work: {c.what for c in advice.changes(LARGE, where, "float32", work, V5E)}
+    assert {"step.remat full", "step.accumulate 2"} <= of(Work("train", 64, 4096))
+    rest = of(Work("train", 64, 4096, remat="full", parts=4))
+    assert "step.accumulate 8" in rest
+    assert "step.remat full" not in rest
+    assert not any("accumulate" in what for what in of(Work("train", 64, 4096, parts=8)))
 
 
 def test_nothing_is_advised_that_is_not_less() -> None:
