@@ -310,7 +310,7 @@ class Share:
         stream = self.L * self.padded // self.shards * self.D * size
         kept = stream + (self.L * self._products() * size if self.remat == "dots" else 0)
         if not self.where.of("fsdp"):
-            return kept
+            return float(kept)
         heads = 3 if self.head_rows() > LOSS_ROWS else 2
         layer = self.attention_params() + self.held_mlp_params()
         return float(kept + size * (heads * self.D * self.V + 2 * layer))
@@ -323,7 +323,7 @@ class Share:
         made += self.M * 2 * self.mlp_params() // (3 * self.D)
         if (moge := self.config.moge) is not None:
             made += self.M * moge.num_experts + self.pairs() * self.D
-        return made
+        return float(made)
 
     def layer_traffic(self, size: int) -> dict[str, Traffic]:
         """What a device receives in the forward pass of one layer, without FSDP's weights:
