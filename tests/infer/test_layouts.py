@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_nano_moge_with_strings_that_end_and_thoughts_cut_short(folder: Path) -> None:
     """The preset of that name, with random weights and one layer."""
     words = Tokenizer.load(folder)

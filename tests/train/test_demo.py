@@ -51,6 +51,7 @@ def test_the_demo_shows_all_of_it(model: str, tmp_path: Path, capsys) -> None:
     assert "going on" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_a_second_demo_does_not_train_again(tmp_path: Path, capsys) -> None:
     flags = ["demo", "--output", str(tmp_path)]

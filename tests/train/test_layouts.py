@@ -231,7 +231,7 @@ def test_the_objective_is_that_of_one_device(name: str, where: str, kind: str) -
 @pytest.mark.parametrize(
     ("where", "kind", "parts"),
     [
-        ("h2p-8", "all_reduce", 3),
+        slow("h2p-8", "all_reduce", 3),
         slow("fsdp", "flashcomm1", 3),
         slow("h2p-8", "flashcomm1", 2),
         slow("fsdp", "flashcomm1", 2),

@@ -123,7 +123,7 @@ def chain_rule(
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        ("moge", "w8a16"),
+        pytest.param("moge", "w8a16", marks=SLOW),
         pytest.param("dense", None, marks=SLOW),
         pytest.param("moge", None, marks=SLOW),
         pytest.param("tied", "w8a16", marks=SLOW),

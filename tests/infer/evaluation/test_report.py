@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -107,6 +107,7 @@ groups = st.tuples(
 )
 
 
+@settings(max_examples=25)
 @given(st.lists(groups, min_size=1, max_size=12))
 def test_eighty_columns_hold_every_number(said: list[Any]) -> None:
     # Every mode answers every problem.

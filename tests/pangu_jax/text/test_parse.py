@@ -514,7 +514,11 @@ SMALL_PIECES = ["words", "white space in the answer", "arguments", "calls in the
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [(name, 4096) for name in LONG] + [(name, 3) for name in SMALL_PIECES]
+    ("name", "size"),
+    [
+        *((name, 4096) for name in LONG),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in SMALL_PIECES),
+    ],
 )
 def test_long_outputs_are_quick(name: str, size: int) -> None:
     text = LONG[name]
