@@ -249,7 +249,7 @@ def tapped_forward(
 
 def default_remat(where: Layout) -> Remat:
     """What a layout computes again by itself: under fsdp everything, as weights are gathered again;
-    else all but products, which is as fast as nothing, and keeps half as much.
+    else all but products, which keeps about half of what nothing would (docs/benchmarks.md).
     """
     return "full" if where.of("fsdp") else "dots"
 
