@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pangu_jax.config import ModelConfig
+from pangu_jax.kernels.write import write
 from pangu_jax.parallel.layout import Layout
 from pangu_jax.pytree import pytree, unchecked
 from pangu_jax.quant import cached
@@ -103,7 +104,8 @@ class LayerCache:
                 added: Array | Rows = cached.with_channels(own, None)
             else:
                 added = new
-            return jax.tree.map(lambda old, new: _put(old, new, places, self.layer), buffer, added)
+            one = lambda old, new: write(old, new, places[0], places[1], self.layer)
+            return jax.tree.map(one, buffer, added)
 
         written = dict(keys=put(self.keys, keys, 0), values=put(self.values, values, 1))
         return dataclasses.replace(self, **written)
@@ -122,14 +124,6 @@ class LayerCache:
             return buffer
 
         return take(self.keys, 0), take(self.values, 1)
-
-
-def _put(buffer: Array, new: Array, places: tuple[Array, Array], layer: Array | None) -> Array:
-    rows, slots = places
-    index = (rows[:, None, :], jnp.arange(new.shape[1])[None, :, None], slots[:, None, :])
-    if layer is not None:
-        index = (layer, *index)
-    return buffer.at[index].set(new, mode="drop")
 
 
 def empty(

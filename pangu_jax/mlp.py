@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pangu_jax.adapted import Adapted
-from pangu_jax.linear import linear
-from pangu_jax.quant.weight import Weight
+from pangu_jax.kernels.swiglu import swiglu
 
 
 class MLP(nnx.Module):
@@ -23,13 +20,3 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """This device's partial sum of the output."""
         return swiglu(x, self.gate_up[...], self.down[...])
-
-
-def swiglu(
-    x: Float[Array, "N D"],
-    gate_up: Float[Array, "2 F D"] | Weight | Adapted,
-    down: Float[Array, "D F"] | Weight | Adapted,
-) -> Float[Array, "N D"]:
-    """down(silu(gate(x)) * up(x))."""
-    y = linear(x, gate_up)
-    return linear(jax.nn.silu(y[:, 0]) * y[:, 1], down)

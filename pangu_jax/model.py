@@ -40,9 +40,11 @@ from pangu_jax.adapted import Adapters
 from pangu_jax.attention import ATTENTION_OUTPUT, Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
+from pangu_jax.kernels.experts import Experts
+from pangu_jax.kernels.experts.blocks import EXPERTS_OUTPUT
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
-from pangu_jax.moge import EXPERTS_OUTPUT, Experts, MoGE, Routing
+from pangu_jax.moge import MoGE, Routing
 from pangu_jax.norm import RMSNorm
 from pangu_jax.origin import Origin
 from pangu_jax.paged import AnyMeta

@@ -18,6 +18,8 @@ import hypothesis
 import jax
 import pytest
 
+from pangu_jax.kernels import native
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,6 +34,15 @@ def _forget_programs() -> Iterator[None]:
     """A compiled program keeps several memory maps, of which Linux grants a process 65,530: without
     this a run of many modules ends in a segmentation fault of XLA.
     """
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def plain_xla(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where no C++ compiler is."""
+    monkeypatch.setattr(native, "missing", lambda: "a test wants plain XLA")
+    jax.clear_caches()
     yield
     jax.clear_caches()
 

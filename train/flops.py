@@ -35,7 +35,7 @@ def step_flops(config: ModelConfig, length: int, batch: int) -> float:
 
     What a step multiplies beyond that is not counted: the hidden half of the square, what fills
     blocks of experts, and what the backward pass computes again (the logits; the scores of rows
-    longer than `attention.QUERY_BLOCK`).
+    longer than `kernels.attention.full.QUERY_BLOCK`).
     """
     D, H, Q, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
     layer = D * H * (Q + 2 * K) + Q * H * D

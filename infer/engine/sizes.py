@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from infer.engine.runner import Shape
-from pangu_jax import paged
 from pangu_jax.errors import ConfigError
+from pangu_jax.kernels.attention import pages
 from pangu_jax.model import Pangu
 from pangu_jax.plan import cost
 from pangu_jax.plan.cost import Work
@@ -88,8 +88,8 @@ def _working(model: Pangu, slots: int, context: int, tokens: int) -> int:
     works = (Work("decode", slots * ranks, context), Work("prefill", ranks, slots + tokens))
     of = lambda work: cost.of(model.config, model.layout, model.dtype, work, model.recipe).working
     rows, config = slots + tokens // TILE["gpu"], model.config
-    pages = 2 * rows * page_bytes(model, paged.BLOCK["default"]) // config.num_layers
-    return max(map(of, works)) + pages + 9 * slots * config.vocab_size
+    gathered = 2 * rows * page_bytes(model, pages.BLOCK["default"]) // config.num_layers
+    return max(map(of, works)) + gathered + 9 * slots * config.vocab_size
 
 
 def _free(model: Pangu) -> int:

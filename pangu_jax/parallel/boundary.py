@@ -135,8 +135,23 @@ def look_up(
     axes = where.of("fsdp")
     if axes:
         ids = lax.all_gather(ids, axes, axis=0, tiled=True)
-    x = jnp.take(table, ids, axis=0, mode="clip")
+    x = _rows(table, ids)
     return lax.all_to_all(x, axes, split_axis=0, concat_axis=1, tiled=True) if axes else x
+
+
+@jax.custom_jvp
+def _rows(table: Float[Array, "V part"], ids: Int[Array, " N"]) -> Float[Array, "N part"]:
+    if table.dtype != jnp.bfloat16:
+        return jnp.take(table, ids, axis=0, mode="clip")
+    # As numbers without a meaning: XLA on CPU would take the whole table to float32 first.
+    bits = lax.bitcast_convert_type(table, jnp.uint16)
+    return lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
+
+
+@_rows.defjvp
+def _rows_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (table, ids), (to_table, _) = primals, tangents
+    return _rows(table, ids), jnp.take(to_table, ids, axis=0, mode="clip")
 
 
 def varying(tree: Any, axes: Iterable[str] = ()) -> Any:

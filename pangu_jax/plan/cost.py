@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pangu_jax import lora
-from pangu_jax.attention import QUERY_BLOCK
 from pangu_jax.config import ModelConfig
+from pangu_jax.kernels.attention.full import QUERY_BLOCK
 from pangu_jax.model import Form, Pangu, Remat, default_remat
 from pangu_jax.parallel import fit
 from pangu_jax.parallel.layout import Axes, Layout

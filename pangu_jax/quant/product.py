@@ -7,8 +7,8 @@
 
 What a product reads is the numbers: XLA for GPU and TPU takes them to floats inside of the product
 (measured on an H100, and seen in the programs for v5p). XLA on CPU makes a float copy of the matrix
-first; there, few rows of float activations are written as three digits of 8 bits each, which makes
-an integer product of them too.
+first. There a kernel takes few rows; without one, few rows of float activations are written as
+three digits of 8 bits each, which makes an integer product of them too.
 """
 
 import functools
@@ -20,6 +20,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
+from pangu_jax.kernels import native
+from pangu_jax.kernels.matmul import MOST_ROWS, scaled_matmul
+from pangu_jax.kernels.native import matrices
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.quant import rows
@@ -44,6 +47,23 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
+    plain = lambda x, weight: _xla(x, weight, dtype)
+    if not _kernel_can(x, weight, dtype):
+        return plain(x, weight)
+    integers = weight.scheme.activations == "dynamic"
+    kernel = lambda x, weight: scaled_matmul(
+        x, weight.numbers, weight.scale[:, 0], dtype, integers=integers
+    )
+    return lax.platform_dependent(x, weight, cpu=kernel, default=plain)
+
+
+def _kernel_can(x: Array, weight: Weight, dtype: jnp.dtype) -> bool:
+    fits = matrices.kind(x, weight) is not None and dtype in matrices.FLOATS
+    few = 0 < x.shape[0] <= MOST_ROWS or wants_same_bits()
+    return fits and few and native.available()
+
+
+def _xla(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
     scheme = weight.scheme
     if scheme.activations == "float":
         y = _floats(x, weight)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu_jax import attention, rope
+from pangu_jax.kernels.attention import full
 from pangu_jax.norm import RMSNorm
 
 
@@ -88,7 +89,7 @@ def test_attend_equals_loops(shape: tuple[int, int, int, int], seed: int) -> Non
     k, v = rng.normal(size=(2, B, K, S, H)).astype(np.float32)
     at = rng.integers(0, S, (B, T)).astype(np.int32)
     key_at = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
-    got = attention.attend(*map(jnp.asarray, (q, k, v, at, key_at)))
+    got = full.attend(*map(jnp.asarray, (q, k, v, at, key_at)))
     np.testing.assert_allclose(got, naive_attention(q, k, v, at, key_at), atol=1e-5)
 
 
@@ -101,11 +102,11 @@ def test_blocks_of_queries_change_nothing(T: int, monkeypatch: pytest.MonkeyPatc
     at = jnp.broadcast_to(jnp.arange(T), (2, T))
 
     def run(q, k, v):
-        out = attention.attend(q, k, v, at, at)
+        out = full.attend(q, k, v, at, at)
         return (out * jnp.cos(jnp.arange(8.0))[None, None, None, None, :]).sum(), out
 
     blocked = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 512)
+    monkeypatch.setattr(full, "QUERY_BLOCK", 512)
     whole = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     for a, b in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-5)
@@ -114,5 +115,5 @@ def test_blocks_of_queries_change_nothing(T: int, monkeypatch: pytest.MonkeyPatc
 def test_a_query_that_sees_nothing_is_finite() -> None:
     ones = jnp.ones((1, 1, 3, 4), jnp.float32)
     never = jnp.full((1, 3), attention.NEVER)
-    out = attention.attend(jnp.ones((1, 2, 1, 1, 4)), ones, ones, jnp.zeros((1, 2), int), never)
+    out = full.attend(jnp.ones((1, 2, 1, 1, 4)), ones, ones, jnp.zeros((1, 2), int), never)
     np.testing.assert_allclose(out, 1.0)

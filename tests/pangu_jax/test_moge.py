@@ -14,6 +14,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from pangu_jax import moge
+from pangu_jax.kernels.experts import blocks
 from pangu_jax.moge import Experts
 from tests import layouts
 
@@ -316,7 +317,7 @@ def test_pairs_of_another_rank_when_all_blocks_are_in_use() -> None:
     """No row is left for them to read: the last one belongs to an expert, and is no pair's."""
     x, chosen, *rest = partly_elsewhere(0, here=1.0)
     chosen = np.array([0] * 33 + [1, 2, 3]).reshape(chosen.shape)
-    size = moge._block_size(chosen.size, 12)
+    size = blocks.block_size(chosen.size, 12)
     used = sum(-(-count // size) for count in (33, 1, 1))
     assert used == (chosen.size + 3 * (size - 1)) // size
     got = mix(*narrow(x, chosen, *rest), among=12)
@@ -390,6 +391,6 @@ def test_pairs_of_another_rank_have_no_gradient(dense_gradients: Callable) -> No
     ("pairs", "experts"), [(8, 64), (64, 64), (65, 64), (4096, 64), (10**6, 64)]
 )
 def test_blocks_are_at_most_twice_as_many_as_experts_until_they_are_full(pairs, experts) -> None:
-    size = moge._block_size(pairs, experts)
-    blocks = (pairs + experts * (size - 1)) // size
-    assert size == 256 or blocks <= 2 * experts
+    size = blocks.block_size(pairs, experts)
+    count = (pairs + experts * (size - 1)) // size
+    assert size == 256 or count <= 2 * experts

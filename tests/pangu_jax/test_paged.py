@@ -12,6 +12,7 @@ from pangu_jax import build
 from pangu_jax import cache as caches
 from pangu_jax import model as models
 from pangu_jax.cache import Cache
+from pangu_jax.kernels.attention import pages
 from pangu_jax.model import Pangu
 from pangu_jax.paged import Grid, PagedMeta
 from pangu_jax.parallel import boundary
@@ -134,13 +135,13 @@ def test_what_somebody_left_in_a_page_is_not_seen() -> None:
     assert np.isnan(used[6:]).all()  # padding is not written
 
 
-def test_blocks_of_pages_give_what_single_pages_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on accelerators."""
-    from pangu_jax import paged
-
+def test_blocks_of_pages_give_what_single_pages_do(
+    monkeypatch: pytest.MonkeyPatch, plain_xla: None
+) -> None:
+    """As on accelerators, in plain XLA."""
     model = model_of("dense", "separate", None)
     single = in_parts(model, TILES)
-    monkeypatch.setattr(paged, "BLOCK", {"cpu": 2 * SIZE + 1, "default": 2 * SIZE + 1})
+    monkeypatch.setattr(pages, "BLOCK", {"cpu": 2 * SIZE + 1, "default": 2 * SIZE + 1})
     jax.clear_caches()
     for a, b in zip(single, in_parts(model, TILES), strict=True):
         layouts.close(a, b)

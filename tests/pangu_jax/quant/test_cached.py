@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from pangu_jax import attention, cache
+from pangu_jax import cache
 from pangu_jax.cache import Cache, LayerCache, Meta
+from pangu_jax.kernels.attention import full
 from pangu_jax.quant import cached
 from pangu_jax.quant.cached import Rows
 from pangu_jax.quant.scheme import Recipe
@@ -180,14 +181,14 @@ def rounding_bound(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, se
     return mixed(weights, values), bound
 
 
-@pytest.mark.parametrize(("T", "S"), [(3, 7), (1, 512), (attention.QUERY_BLOCK + 2, 512)])
+@pytest.mark.parametrize(("T", "S"), [(3, 7), (1, 512), (full.QUERY_BLOCK + 2, 512)])
 def test_attention_is_within_half_steps_of_floats(T: int, S: int) -> None:
     """Queries at the end of the cache; the last slots are of other tokens, which none may see."""
     queries, keys, values = normal(9, B, T, K, G, H), normal(10, B, K, S, H), normal(11, B, K, S, H)
     positions = np.broadcast_to(np.arange(S - T - 1, S - 1), (B, T)).astype(np.int32)
     slots = np.broadcast_to(np.arange(S), (B, S)).astype(np.int32)
     rows = to_rows(keys, None), to_rows(values, None)
-    got = jax.jit(attention.attend)(queries, *rows, positions, slots)
+    got = jax.jit(full.attend)(queries, *rows, positions, slots)
     seen = (slots[:, None] <= positions[..., None])[:, None, None]
     wanted, bound = rounding_bound(*map(np.float64, (queries, keys, values)), seen)
     assert bound.mean() < 0.1  # of values of 1

@@ -373,7 +373,9 @@ def program(scheme: Scheme, N: int, dtype: Any, rows: int = 512, width: int = 25
     [(W8A8, 1, 2), (W8A8, 20, 20), (W8, 1, 3), (W8, 12, 36)],
     ids=["w8a8-1", "w8a8-20", "w8a16-1", "w8a16-12"],
 )
-def test_integers_are_multiplied_as_such_on_cpu(scheme: Scheme, N: int, rows: int) -> None:
+def test_integers_are_multiplied_as_such_on_cpu(
+    scheme: Scheme, N: int, rows: int, plain_xla: None
+) -> None:
     """Few rows of float activations too; nothing makes a wider copy of the numbers."""
     lowered = program(scheme, N, jnp.bfloat16)
     wanted = rf"dot_general.*tensor<{rows}x256xi8>, tensor<512x256xi8>.*tensor<{rows}x512xi32>"

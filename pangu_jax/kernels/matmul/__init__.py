@@ -1,0 +1,88 @@
+"""Rows of activations times a matrix of weights kept in [out, in] order."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
+
+from pangu_jax.kernels import native
+from pangu_jax.kernels.matmul import xla
+from pangu_jax.parallel import boundary
+from pangu_jax.precision import exact_if_float32, wants_same_bits
+
+Implementation = Literal["xla", "native"]
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+# Rows up to which the kernel is at least as fast on CPU as XLA, but for a single float32 row, which
+# XLA multiplies as fast as memory is (measured; docs/benchmarks.md).
+MOST_ROWS = 64
+
+
+def matmul(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "E D"],
+    dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "N E"]:
+    """x @ weight^T, sums in float32.
+
+    dtype: of the result, when it is not that of the factors
+
+    On CPU, `native` reads bf16 weights as fast as memory gives them, where XLA makes a float32 copy
+    first. A row's results there are the same to the last bit however many rows there are.
+    """
+    if implementation == "xla" or not _can(x, weight, implementation):
+        return xla.matmul(x, weight, dtype)
+    x, weight = boundary.varying((x, weight))
+    return _best(x, weight, jnp.dtype(dtype or x.dtype), implementation == "native")
+
+
+def _can(x: Array, weight: Array, implementation: Implementation | None) -> bool:
+    fits = x.dtype in FLOATS and weight.dtype == x.dtype and min(*x.shape, *weight.shape) > 0
+    if implementation == "native":
+        if not (fits and native.available()):
+            raise NotImplementedError(native.missing() or f"{x.dtype} times {weight.dtype}")
+        return True
+    few = x.shape[0] <= MOST_ROWS and not (x.shape[0] == 1 and x.dtype == jnp.float32)
+    return fits and (few or wants_same_bits()) and native.available()
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _best(x: Array, weight: Array, dtype: jnp.dtype, forced: bool) -> Array:
+    def kernel(x: Array, weight: Array) -> Array:
+        none = jnp.zeros(0, jnp.float32)
+        shape = x.shape[0], weight.shape[0]
+        return native.call("pangu_matmul", shape, dtype, x, weight, none, integers=False)
+
+    if forced:
+        return kernel(x, weight)
+    plain = functools.partial(xla.matmul, dtype=dtype)
+    return lax.platform_dependent(x, weight, cpu=kernel, default=plain)
+
+
+@_best.defjvp
+def _best_jvp(dtype: jnp.dtype, forced: bool, primals: tuple, tangents: tuple) -> tuple:
+    (x, weight), (to_x, to_weight) = primals, tangents
+    with exact_if_float32(x.dtype):  # traced outside of the model's own request
+        tangent = xla.plain(to_x, weight, dtype) + xla.plain(x, to_weight, dtype)
+        return _best(x, weight, dtype, forced), tangent
+
+
+def scaled_matmul(
+    x: Float[Array, "N D"],
+    numbers: Int8[Array, "E D"],
+    scale: Float[Array, " E"],
+    dtype: DTypeLike,
+    *,
+    integers: bool,
+) -> Float[Array, "N E"]:
+    """(x @ numbers^T) * scale on CPU, by the kernel; no gradient.
+
+    integers: x is rounded to int8 first, with a scale for each row, as `quant.rows.quantize` does
+    """
+    shape = x.shape[0], numbers.shape[0]
+    return native.call("pangu_matmul", shape, dtype, x, numbers, scale, integers=integers)

@@ -1,0 +1,84 @@
+"""Kernels in C++ for the CPU, called through XLA's FFI on XLA's own threads.
+
+They are compiled once, on first use, with the machine's C++ compiler, against the headers of the
+jaxlib that is installed and for the processor that is there (own choice: a wheel stays pure Python,
+and never meets another processor than it was compiled for). Without a compiler, or with
+`PANGU_JAX_NATIVE=0`, XLA does everything.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pangu_jax.kernels.native import build
+from pangu_jax.parallel import boundary
+from pangu_jax.precision import exact_if_float32
+
+TARGETS = ("pangu_matmul", "pangu_experts", "pangu_attention", "pangu_write")
+
+
+@functools.cache
+def missing() -> str:
+    """Why the kernels are not there, in a line; "" when they are."""
+    if os.environ.get("PANGU_JAX_NATIVE") == "0":
+        return "PANGU_JAX_NATIVE=0"
+    try:
+        library = ctypes.CDLL(str(build.library()))
+        for target in TARGETS:
+            capsule = jax.ffi.pycapsule(getattr(library, target))
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    except (build.CompileError, OSError, AttributeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def available() -> bool:
+    """Whether the kernels can be called (they are compiled by the first question)."""
+    return not missing()
+
+
+def call(
+    target: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *arguments: Any,
+    aliases: int | None = None,
+    **attributes: Any,
+) -> Array:
+    """The one result of a kernel. Under `shard_map` it varies over all axes that any argument
+    varies over.
+
+    aliases: the argument that is changed in place
+    """
+    leaves = boundary.varying(arguments)
+    result: Any = jax.ShapeDtypeStruct(shape, dtype)
+    if jax.typeof(leaves[0]).manual_axis_type.varying:
+        # `ffi_call` takes no struct that varies, but the type of an array that does.
+        result = jax.typeof(boundary.varying((jnp.zeros(shape, dtype), leaves))[0])
+    places = {} if aliases is None else {aliases: 0}
+    kernel = jax.ffi.ffi_call(target, result, vmap_method="sequential", input_output_aliases=places)
+    made: Array = kernel(*leaves, **attributes)
+    return made
+
+
+def with_gradient_of(plain: Callable[..., Array], kernel: Callable[..., Array]) -> Callable:
+    """`kernel`, whose gradient is that of `plain`; both take the same arrays."""
+
+    @jax.custom_vjp
+    def both(*arguments: Any) -> Array:
+        return kernel(*arguments)
+
+    def forward(*arguments: Any) -> tuple[Array, Callable]:
+        # In full precision: this is traced outside of the model's own request.
+        with exact_if_float32(jax.tree.leaves(arguments)[0].dtype):
+            return jax.vjp(plain, *arguments)
+
+    both.defvjp(forward, lambda backward, grad: backward(grad))
+    return lambda *arguments: both(*boundary.varying(arguments))

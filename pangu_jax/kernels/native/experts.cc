@@ -1,0 +1,173 @@
+// Routed experts: y[n] = sum_k weight[n, k] * down_e(silu(gate_e(x[n])) * up_e(x[n])), e = expert[n, k].
+//
+// The (token, expert) pairs are put in order of their experts; an expert's matrices are read once, by
+// all of its tokens, where they lie, and those of experts that nobody chose are not read at all.
+
+#include "pool.h"
+#include "product.h"
+#include "rows.h"
+
+namespace pangu {
+namespace {
+
+// Multiplications to a piece of work, about (measured).
+constexpr int64_t kPiece = 128 << 10;
+
+struct Shape {
+  int64_t N, k, E, F, D;
+};
+
+// The pairs of each expert: `token` and `weight` from begin[e] to begin[e + 1].
+struct Pairs {
+  std::vector<int64_t> begin, token, used;
+  std::vector<float> weight;
+
+  Pairs(const Shape& s, const int32_t* experts, const float* weights) : begin(s.E + 1) {
+    const int64_t all = s.N * s.k;
+    const auto here = [&](int64_t i) { return experts[i] >= 0 && experts[i] < s.E; };
+    for (int64_t i = 0; i < all; ++i)
+      if (here(i)) ++begin[experts[i] + 1];
+    for (int64_t e = 0; e < s.E; ++e) {
+      if (begin[e + 1]) used.push_back(e);
+      begin[e + 1] += begin[e];
+    }
+    token.resize(begin[s.E]);
+    weight.resize(begin[s.E]);
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < all; ++i)
+      if (here(i)) {
+        const int64_t at = next[experts[i]]++;
+        token[at] = i / s.k;
+        weight[at] = weights[i];
+      }
+  }
+  int64_t count() const { return int64_t(token.size()); }
+  int64_t count(int64_t e) const { return begin[e + 1] - begin[e]; }
+};
+
+// Rows as a kind of matrix wants its factors: floats as they are, or int8 with a scale each.
+template <class W>
+struct Factors {
+  std::vector<typename W::X> rows;
+  std::vector<float> scale;
+
+  Factors(int64_t count, int64_t width) : rows(count * width), scale(count, 1.0f) {}
+  void set(int64_t at, const float* from, int64_t width) {
+    if constexpr (std::is_same_v<typename W::X, float>) {
+      std::copy(from, from + width, rows.data() + at * width);
+    } else {
+      scale[at] = round_row(from, width, rows.data() + at * width);
+    }
+  }
+};
+
+// One matrix for each expert, with a scale for each row where `scale` is not null.
+template <class W>
+struct Matrices {
+  const typename W::type* numbers;
+  const float* scale;
+  float worth(int64_t row) const { return scale ? scale[row] : 1.0f; }
+};
+
+float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+template <class W>
+void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pairs,
+         const Matrices<W>& gate_up, const Matrices<W>& down, float* y) {
+  const int64_t P = pairs.count(), used = int64_t(pairs.used.size());
+  Factors<W> in(P, s.D), between(P, s.F);
+  std::vector<float> inner(P * s.F);
+  each(pool, P, [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D, s.D); });
+
+  const int64_t size = std::max<int64_t>(1, kPiece / s.D / kTileW) * kTileW;
+  const int64_t pieces = (s.F + size - 1) / size;
+  each(pool, used * pieces, [&](int64_t i) {
+    const int64_t e = pairs.used[i / pieces], first = pairs.begin[e], count = pairs.count(e);
+    const int64_t begin = i % pieces * size, end = std::min(s.F, begin + size);
+    const auto* rows = in.rows.data() + first * s.D;
+    const int64_t gate = e * 2 * s.F, up = gate + s.F;
+    const auto value = [&](int64_t n, int64_t row, typename W::Sum sum) {
+      return float(sum) * in.scale[first + n] * gate_up.worth(row);
+    };
+    product<W>(gate_up.numbers + gate * s.D, begin, end, rows, count, s.D,
+               [&](int64_t n, int64_t f, typename W::Sum sum) {
+                 inner[(first + n) * s.F + f] = silu(value(n, gate + f, sum));
+               });
+    product<W>(gate_up.numbers + up * s.D, begin, end, rows, count, s.D,
+               [&](int64_t n, int64_t f, typename W::Sum sum) {
+                 inner[(first + n) * s.F + f] *= value(n, up + f, sum);
+               });
+  });
+  each(pool, P, [&](int64_t p) { between.set(p, inner.data() + p * s.F, s.F); });
+
+  // A piece is some outputs of all tokens: nobody else adds to them.
+  const int64_t outputs = std::max<int64_t>(1, kPiece / s.F / used / kTileW) * kTileW;
+  each(pool, (s.D + outputs - 1) / outputs, [&](int64_t i) {
+    const int64_t begin = i * outputs, end = std::min(s.D, begin + outputs);
+    for (const int64_t e : pairs.used) {
+      const int64_t first = pairs.begin[e], row = e * s.D;
+      product<W>(down.numbers + row * s.F, begin, end, between.rows.data() + first * s.F,
+                 pairs.count(e), s.F, [&](int64_t n, int64_t d, typename W::Sum sum) {
+                   const int64_t p = first + n;
+                   const float value = float(sum) * between.scale[p] * down.worth(row + d);
+                   y[pairs.token[p] * s.D + d] += pairs.weight[p] * value;
+                 });
+    }
+  });
+}
+
+ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> chosen,
+                   ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up,
+                   ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
+                   ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> layer, bool integers,
+                   ffi::Result<ffi::AnyBuffer> result) {
+  const auto shape = down.dimensions();
+  const size_t lead = shape.size() - 3;
+  const Shape s{chosen.dimensions()[0], chosen.dimensions()[1], shape[lead], shape[lead + 2],
+                shape[lead + 1]};
+  const int64_t own = lead ? layer.typed_data()[0] : 0;
+  const Pairs pairs(s, chosen.typed_data(), weights.typed_data());
+  std::vector<float> copy, y(s.N * s.D);
+  const float* floats = floats_of(x, copy);
+
+  const auto run = [&](auto kind) {
+    using W = decltype(kind);
+    const auto of = [&](ffi::AnyBuffer& numbers, ffi::Buffer<ffi::F32>& scale, int64_t rows,
+                        int64_t width) {
+      const int64_t start = own * s.E * rows;
+      const auto* data = static_cast<const typename W::type*>(numbers.untyped_data());
+      const bool scaled = scale.element_count() > 0;
+      return Matrices<W>{data + start * width, scaled ? scale.typed_data() + start : nullptr};
+    };
+    mix<W>(pool, s, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D),
+           of(down, down_scale, s.D, s.F), y.data());
+  };
+  if (pairs.count()) {
+    switch (down.element_type()) {
+      case ffi::F32: run(F32{}); break;
+      case ffi::BF16: run(BF16{}); break;
+      case ffi::S8: integers ? run(I8xI8{}) : run(I8{}); break;
+      default: return ffi::Error::InvalidArgument("no such matrix");
+    }
+  }
+  const Output out(*result);
+  for (size_t i = 0; i < y.size(); ++i) out.put(i, y[i]);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace pangu
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_experts, pangu::experts,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Attr<bool>("integers")
+                                  .Ret<xla::ffi::AnyBuffer>());

@@ -1,0 +1,68 @@
+// y [N, E] = x [N, D] @ w [E, D]^T, times a scale for each row of w where there are scales.
+
+#include "pool.h"
+#include "product.h"
+#include "rows.h"
+
+namespace pangu {
+namespace {
+
+// Bytes of w to a piece of work, and multiplications below which one thread is quicker (measured).
+constexpr int64_t kPiece = 128 << 10;
+constexpr int64_t kAlone = 64 << 10;
+
+struct Shape {
+  int64_t N, E, D;
+};
+
+template <class W, class Put>
+void multiply(ffi::ThreadPool& pool, const Shape& s, const void* w, const typename W::X* x,
+              const Put& put) {
+  const auto* rows = static_cast<const typename W::type*>(w);
+  if (s.N * s.E * s.D < kAlone) return product<W>(rows, 0, s.E, x, s.N, s.D, put);
+  const int64_t width = s.D * int64_t(sizeof(typename W::type));
+  const int64_t size = std::max<int64_t>(1, kPiece / width / kTileW) * kTileW;
+  each(pool, (s.E + size - 1) / size, [&](int64_t i) {
+    product<W>(rows, i * size, std::min(s.E, (i + 1) * size), x, s.N, s.D, put);
+  });
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                  ffi::Buffer<ffi::F32> scale, bool integers, ffi::Result<ffi::AnyBuffer> y) {
+  const Shape s{x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]};
+  const Output out(*y);
+  std::vector<float> copy;
+  const float* floats = floats_of(x, copy);
+  const float* worth = scale.typed_data();
+  if (integers) {
+    std::vector<int16_t> numbers(s.N * s.D);
+    std::vector<float> scales(s.N);
+    for (int64_t n = 0; n < s.N; ++n)
+      scales[n] = round_row(floats + n * s.D, s.D, numbers.data() + n * s.D);
+    multiply<I8xI8>(pool, s, w.untyped_data(), numbers.data(), [&](int64_t n, int64_t e, int32_t sum) {
+      out.put(n * s.E + e, float(sum) * scales[n] * worth[e]);
+    });
+    return ffi::Error::Success();
+  }
+  const auto plain = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum); };
+  const auto scaled = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum * worth[e]); };
+  switch (w.element_type()) {
+    case ffi::F32: multiply<F32>(pool, s, w.untyped_data(), floats, plain); break;
+    case ffi::BF16: multiply<BF16>(pool, s, w.untyped_data(), floats, plain); break;
+    case ffi::S8: multiply<I8>(pool, s, w.untyped_data(), floats, scaled); break;
+    default: return ffi::Error::InvalidArgument("no such matrix");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace pangu
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_matmul, pangu::matmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<bool>("integers")
+                                  .Ret<xla::ffi::AnyBuffer>());

@@ -1,0 +1,59 @@
+// Rows of activations: float32 of either dtype, and rounded to int8.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "elements.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace pangu {
+
+namespace ffi = xla::ffi;
+
+// The numbers of a float32 or bf16 buffer as float32: its own memory, or a copy kept in `copy`.
+inline const float* floats_of(const ffi::AnyBuffer& buffer, std::vector<float>& copy) {
+  if (buffer.element_type() == ffi::F32) return buffer.typed_data<float>();
+  const auto* from = reinterpret_cast<const uint16_t*>(buffer.untyped_data());
+  copy.resize(buffer.element_count());
+  for (size_t i = 0; i < copy.size(); ++i) copy[i] = BF16::one(from[i]);
+  return copy.data();
+}
+
+// Writes float32 results to a float32 or bf16 buffer.
+class Output {
+ public:
+  explicit Output(ffi::AnyBuffer& buffer)
+      : wide_(buffer.element_type() == ffi::F32), data_(buffer.untyped_data()) {}
+  void put(int64_t at, float x) const {
+    if (wide_) {
+      static_cast<float*>(data_)[at] = x;
+    } else {
+      static_cast<uint16_t*>(data_)[at] = BF16::rounded(x);
+    }
+  }
+
+ private:
+  bool wide_;
+  void* data_;
+};
+
+// A row as int8 (in int16) and its scale, as pangu_jax/quant/rows.py rounds. A row with a NaN gets a
+// NaN for a scale.
+inline float round_row(const float* x, int64_t D, int16_t* numbers) {
+  float largest = 0;
+  bool numeric = true;
+  for (int64_t d = 0; d < D; ++d) {
+    const float size = std::fabs(x[d]);
+    largest = size > largest ? size : largest;
+    numeric &= size == size;
+  }
+  const float scale = largest * (1.0f / 127), divisor = scale > 0 ? scale : 1;
+  for (int64_t d = 0; d < D; ++d) {
+    const float nearest = std::nearbyintf(x[d] / divisor);
+    numbers[d] = int16_t(nearest >= -127.0f ? (nearest <= 127.0f ? nearest : 127.0f) : -127.0f);
+  }
+  return numeric ? scale : std::nanf("");
+}
+
+}  // namespace pangu
