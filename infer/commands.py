@@ -106,7 +106,9 @@ class Check:
 class Bench:
     """Measure prefill and decode speed against the bounds of this machine.
 
-    Bandwidth and FLOP bounds are measured in the same run. A preset's weights are random.
+    Bandwidth and FLOP bounds are measured in the same run. A preset's weights are random. --peer
+    and --ablate measure several programs in turn, which choose the same tokens (those of quantised
+    models apart).
     """
 
     model: str = flag("model folder, or the name or TOML file of a preset", metavar="DIR|NAME")
@@ -119,6 +121,8 @@ class Bench:
     batch: int = flag("prompts at a time", 1)
     repeats: int = flag("timed repetitions", 3)
     engine: bool = flag("measure the engine: --batch requests at a time against one", False)
+    peer: bool = flag("the same weights in PyTorch and Transformers as well, if installed", False)
+    ablate: bool = flag("our optimisations one by one, from a naive program on", False)
     json: bool = flag("print one JSON object on stdout", False)
 
 
@@ -203,7 +207,7 @@ COMMANDS = {
     "warmup": Warmup,
 }
 HANDLERS = {
-    "Bench": "infer.bench:run",
+    "Bench": "infer.bench.command:run",
     "Chat": "infer.chat:run",
     "Generate": "infer.answer:run",
     "Check": "infer.check:run",

@@ -39,12 +39,10 @@ def _forget_programs() -> Iterator[None]:
 
 
 @pytest.fixture
-def plain_xla(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain_xla() -> Iterator[None]:
     """As where no C++ compiler is."""
-    monkeypatch.setattr(native, "missing", lambda: "a test wants plain XLA")
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+    with native.without():
+        yield
 
 
 HARDWARE = {"gpu": "gpu", "tpu": "tpu"}

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import pangu_jax
-from infer import bench, progress
+from infer import progress
+from infer.bench import bounds
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
 from pangu_jax.model import Pangu
@@ -143,7 +144,7 @@ def measure(config: ModelConfig, length: int, batch: int, repeats: int, peer: bo
 
         sides[peers.program()] = peers.steps(model, data, section, SCHEDULED)
     with jax.default_device(device):
-        probe = bench.flops_probe(jnp.dtype(jnp.float32), device.platform)
+        probe = bounds.flops_probe(jnp.dtype(jnp.float32), device.platform)
     probe()
     first = {name: [take(1) for _ in range(COMPARED)] for name, take in sides.items()}
     times, bound = _alternate(sides, probe, repeats)
@@ -172,17 +173,17 @@ def _alternate(
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds per step of every repeat of each side, in turns, and the most TFLOP/s in between."""
     counts = {
-        name: math.ceil(REPEAT / bench.seconds(lambda take=take: take(1)))
+        name: math.ceil(REPEAT / bounds.seconds(lambda take=take: take(1)))
         for name, take in sides.items()
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
-    bounds = []
+    rates = []
     for _ in range(repeats):
         for name, take in sides.items():
             count = counts[name]
-            times[name].append(bench.seconds(lambda take=take, count=count: take(count)) / count)
-        bounds.append(probe())
-    return times, max(bounds)
+            times[name].append(bounds.seconds(lambda take=take, count=count: take(count)) / count)
+        rates.append(probe())
+    return times, max(rates)
 
 
 def random_batch(vocabulary: int, length: int, batch: int) -> Batch:

@@ -31,7 +31,8 @@ def step_flops(config: ModelConfig, length: int, batch: int) -> float:
     W are the weights of the products that a token passes through: projections, MLP (of MoGE the
     router, one expert of every group and the shared ones) and the head, tied or not; neither the
     embedding, which is looked up, nor norms and biases. Attention is scores and mixing over half of
-    the square, as if a row were one causal sequence, and as `infer.bench.prefill_flops` counts it.
+    the square, as if a row were one causal sequence, and as `infer.bench.bounds.prefill_flops`
+    counts it.
 
     What a step multiplies beyond that is not counted: the hidden half of the square, what fills
     blocks of experts, and what the backward pass computes again (the logits; the scores of rows

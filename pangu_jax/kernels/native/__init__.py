@@ -6,6 +6,7 @@ and never meets another processor than it was compiled for). Without a compiler,
 `PANGU_JAX_NATIVE=0`, XLA does everything.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -39,9 +40,17 @@ def missing() -> str:
     return ""
 
 
+_unwanted = jax.make_user_context(False)
+
+
+def without() -> contextlib.AbstractContextManager:
+    """Within, programs are traced as where there are no kernels."""
+    return _unwanted(True)
+
+
 def available() -> bool:
     """Whether the kernels can be called (they are compiled by the first question)."""
-    return not missing()
+    return not _unwanted.value and not missing()
 
 
 def call(
