@@ -15,6 +15,7 @@ from pangu_jax import build, strict
 from pangu_jax.checkpoint import hf
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import CheckpointError, ConfigError, InputError
+from pangu_jax.kernels import native
 from pangu_jax.model import Pangu
 from pangu_jax.text import tokenizer as tokenizers
 from pangu_jax.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ DEFAULTS = {
 
 def model(command: ModelFlags) -> tuple[Pangu, float]:
     """The model of the command's folder, and the seconds it took."""
+    kernels()
     start = time.perf_counter()
     with progress.reading() as advance:
         loaded = pangu_jax.load(
@@ -43,6 +45,13 @@ def model(command: ModelFlags) -> tuple[Pangu, float]:
     if command.voted_experts is not None:
         loaded = build.with_voting(loaded, command.voted_experts)
     return loaded, time.perf_counter() - start
+
+
+def kernels() -> None:
+    """Makes the kernels of the CPU ready, and says so where that takes some seconds."""
+    if jax.default_backend() == "cpu" and native.must_compile():
+        progress.say("compiling kernels for this processor, once ...")
+    native.available()
 
 
 def tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:

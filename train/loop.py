@@ -98,6 +98,7 @@ def tokenizer_folder(config: Config) -> Path:
 def _begin(config: Config, tokenizer: Tokenizer) -> Pangu:
     """The model before the first step, its layers stacked."""
     section = config.model
+    loading.kernels()
     if section.path is not None:
         dtype = base_dtype(config, hf.read_config(Path(section.path))[0].dtype)
         with progress.reading() as advance:

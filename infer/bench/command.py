@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 import pangu_jax
-from infer import progress
+from infer import loading, progress
 from infer.bench import ablate, bounds, measure
 from infer.bench.measure import Side
 from infer.commands import Bench
@@ -32,6 +32,7 @@ def run(command: Bench) -> int:
         )
     if command.peer:
         _check_peer(command)
+    loading.kernels()
     progress.say("preparing the weights ...")
     model = _model(command)
     if command.prompt + command.tokens > model.config.max_positions:

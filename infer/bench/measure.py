@@ -86,7 +86,8 @@ def measure(
     for side in sides:
         side.run(prompts, 1)
         chosen[side.name] = side.run(prompts, tokens)
-    bandwidth(), flops()
+    bandwidth()
+    flops()
     times: dict[str, tuple[list[float], list[float]]] = {side.name: ([], []) for side in sides}
     gb, tflops = [], []
     for _ in range(repeats):

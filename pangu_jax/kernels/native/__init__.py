@@ -30,6 +30,8 @@ def missing() -> str:
     """Why the kernels are not there, in a line; "" when they are."""
     if os.environ.get("PANGU_JAX_NATIVE") == "0":
         return "PANGU_JAX_NATIVE=0"
+    if jax.default_backend() != "cpu":
+        return "programs run elsewhere"
     try:
         library = ctypes.CDLL(str(build.library()))
         for target in TARGETS:
@@ -38,6 +40,14 @@ def missing() -> str:
     except (build.CompileError, OSError, AttributeError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return ""
+
+
+def must_compile() -> bool:
+    """Whether the first question will take some seconds."""
+    try:
+        return os.environ.get("PANGU_JAX_NATIVE") != "0" and not build.target().is_file()
+    except build.CompileError:
+        return False
 
 
 _unwanted = jax.make_user_context(False)

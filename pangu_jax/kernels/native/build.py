@@ -27,14 +27,17 @@ class CompileError(Exception):
 
 def library() -> Path:
     """The compiled kernels, from the cache or made now. Raises CompileError."""
-    compiler = find_compiler()
-    folder = cache_folder()
-    target = folder / f"kernels-{_key(compiler)}.so"
-    if not target.is_file():
-        with _one_at_a_time(folder):
-            if not target.is_file():
-                _compile(compiler, target)
-    return target
+    made = target()
+    if not made.is_file():
+        with _one_at_a_time(made.parent):
+            if not made.is_file():
+                _compile(find_compiler(), made)
+    return made
+
+
+def target() -> Path:
+    """Where the library for this machine is, or would be. Raises CompileError."""
+    return cache_folder() / f"kernels-{_key(find_compiler())}.so"
 
 
 def find_compiler() -> list[str]:
@@ -53,6 +56,8 @@ def cache_folder() -> Path:
 
     It must be this user's alone: what lies there is executed.
     """
+    if not hasattr(os, "getuid"):
+        raise CompileError("kernels are compiled on Linux and macOS only")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
         raise CompileError("this account has no home to keep compiled kernels in")

@@ -1,0 +1,47 @@
+"""The same weights in PyTorch: an implementation that shares no code with ours."""
+
+import jax
+import numpy as np
+import pytest
+
+import pangu_jax
+from infer import __main__ as door
+from infer.bench import measure
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["nano", "nano-moge"])
+def test_a_peer_chooses_our_tokens(name: str, dtype: str) -> None:
+    """In bf16 a near tie may fall the other way, and then all that follows."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from infer.bench import peer
+
+    model = pangu_jax.init(pangu_jax.preset(name), jax.random.key(0), dtype=dtype)
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 11))
+    own = measure.ours(model)(prompts, 12)
+    found = peer.programs(model)
+    assert len(found) == (1 if model.config.moge is None else 2)
+    for run in found.values():
+        theirs = run(prompts, 12)
+        assert theirs.shape == own.shape
+        if dtype == "float32":
+            np.testing.assert_array_equal(theirs, own)
+        else:
+            assert np.mean(theirs[:, 0] == own[:, 0]) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--peer", "--recipe", "w8a8"], "--peer compares float models"),
+        (["--peer", "--ablate"], "one at a time"),
+        (["--engine", "--peer"], "one at a time"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_said(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert door.main(["bench", "--model", "nano", *argv]) == 2
+    assert said in capsys.readouterr().err
