@@ -92,35 +92,40 @@ def measure(
     gb, tflops = [], []
     for _ in range(repeats):
         for side in sides:
-            prefills, decodes = times[side.name]
+            prefills, wholes = times[side.name]
             prefills.append(bounds.seconds(lambda side=side: side.run(prompts, 1)))
-            whole = bounds.seconds(lambda side=side: side.run(prompts, tokens))
-            decodes.append((whole - prefills[-1]) / (tokens - 1))
+            wholes.append(bounds.seconds(lambda side=side: side.run(prompts, tokens)))
         gb.append(bandwidth())
         tflops.append(flops())
-    speeds = [_speed(side, prompt, batch, *times[side.name], chosen, sides[0]) for side in sides]
+    shape = prompt, tokens, batch
+    speeds = [_speed(side, shape, *times[side.name], chosen, sides[0]) for side in sides]
     work = bounds.prefill_flops(config, prompt, batch)
     return Result(device.device_kind, prompt, batch, tokens, work, max(tflops), max(gb), speeds)
 
 
 def _speed(
     side: Side,
-    prompt: int,
-    batch: int,
+    shape: tuple[int, int, int],
     prefills: list[float],
-    decodes: list[float],
+    wholes: list[float],
     chosen: Mapping[str, np.ndarray],
     first: Side,
 ) -> Speed:
+    """Decoding is what a whole generation takes beyond the median prefill: the two of one turn may
+    fall into different moods of a shared machine.
+    """
+    prompt, tokens, batch = shape
     middle = statistics.median
     spread = lambda values: (max(values) - min(values)) / middle(values)
+    decodes = [(whole - middle(prefills)) / (tokens - 1) for whole in wholes]
+    fastest = (min(wholes) - min(prefills)) / (tokens - 1)
     return Speed(
         program=side.name,
         prefill_tokens_per_s=batch * prompt / middle(prefills),
         prefill_fastest=batch * prompt / min(prefills),
         prefill_spread=spread(prefills),
         decode_tokens_per_s=batch / middle(decodes),
-        decode_fastest=batch / min(decodes),
+        decode_fastest=batch / fastest,
         decode_spread=spread(decodes),
         decode_gb_per_s=side.step_bytes / middle(decodes) / 1e9,
         same_tokens=float(np.mean(chosen[side.name] == chosen[first.name])),
