@@ -24,7 +24,9 @@ def quantize(
     """
     wide = x.astype(jnp.float32)
     scale = scales(wide, kind)
-    return to_numbers(wide / jnp.where(scale > 0, scale, 1), kind), scale
+    # Times a reciprocal: XLA would make that of a division, but not everywhere.
+    inverse = 1 / jnp.where(scale > 0, scale, 1)
+    return to_numbers(wide * inverse, kind), scale
 
 
 def scales(wide: Float[Array, "*rows D"], kind: str) -> Float[Array, "*rows 1"]:

@@ -30,9 +30,13 @@ def attend_cached(
     meta: a Meta of a contiguous cache, or a PagedMeta, whose tokens are queries [1, N, K, g, H]
     scales: fixed ones of an int8 cache, of each head's keys and values
 
-    `native` (CPU) reads slots where they lie, up to the last one that a row's queries may see; what
-    a query gets does not depend on other rows, queries or pages, to the last bit.
+    `native` (CPU) reads slots where they lie, up to the last one that a row's queries may see. What
+    a row gets does not depend on other rows or pages, nor on how many of its queries come at once,
+    to the last bit (where all that they see are numbers).
     """
+    keys = cache.keys
+    if isinstance(keys, Rows) and keys.scale is None and keys.channels is None and scales is None:
+        raise ValueError("numbers without scales: the cache was written with fixed ones")
     if isinstance(meta, PagedMeta):
         return _paged(queries, cache, meta, scales, implementation)
     if meta.segments is not None:
@@ -87,15 +91,14 @@ def _can(queries: Array, keys: Any, implementation: Implementation | None) -> bo
     fits = queries.dtype in FLOATS and held in (queries.dtype, jnp.int8)
     fits &= queries.shape[-1] % 16 == 0 and queries.size > 0
     if implementation == "native" and not (fits and native.available()):
-        raise NotImplementedError(native.missing() or f"heads of {queries.shape[-1]}, {held}")
+        raise NotImplementedError(native.why_not() or f"heads of {queries.shape[-1]}, {held}")
     return fits and native.available()
 
 
 def _native(queries: Array, cache: LayerCache, grid: Grid, scales: Array | None) -> Array:
     dtype, layer = queries.dtype, jnp.zeros((), jnp.int32)
     if scales is not None:  # a head's channels: of keys in the queries, of values in the result
-        wide = queries.astype(jnp.float32) * scales[:, 0][None, None, :, None]
-        queries = wide.astype(dtype)
+        queries = queries.astype(jnp.float32) * scales[:, 0][None, None, :, None]
     mixed = native.call(
         "pangu_attention",
         queries.shape,

@@ -72,7 +72,7 @@ def _online(
     tables = jnp.pad(grid.tables, [(0, 0), (0, -grid.tables.shape[1] % pages)])
     lengths = jnp.max(jnp.where(grid.valid, grid.positions + 1, 0), axis=1)
     blocks = (jnp.max(lengths) + size - 1) // size
-    queries = (queries * jnp.asarray(H**-0.5, jnp.float32)).astype(queries.dtype)
+    queries = (queries.astype(jnp.float32) * H**-0.5).astype(queries.dtype)
 
     def step(i: Array, carry: tuple) -> tuple:
         highest, total, mixed = carry

@@ -47,5 +47,5 @@ def mix_experts(
 def _can(x: Array, held: Experts, implementation: Implementation | None) -> bool:
     fits = matrices.alike(x, held.gate_up, held.down) and native.available()
     if implementation == "native" and not fits:
-        raise NotImplementedError(native.missing() or "experts of these kinds")
+        raise NotImplementedError(native.why_not() or "experts of these kinds")
     return fits

@@ -45,7 +45,7 @@ def _can(x: Array, weight: Array, implementation: Implementation | None) -> bool
     fits = x.dtype in FLOATS and weight.dtype == x.dtype and min(*x.shape, *weight.shape) > 0
     if implementation == "native":
         if not (fits and native.available()):
-            raise NotImplementedError(native.missing() or f"{x.dtype} times {weight.dtype}")
+            raise NotImplementedError(native.why_not() or f"{x.dtype} times {weight.dtype}")
         return True
     few = x.shape[0] <= MOST_ROWS and not (x.shape[0] == 1 and x.dtype == jnp.float32)
     return fits and (few or wants_same_bits()) and native.available()

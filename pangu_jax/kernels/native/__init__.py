@@ -58,9 +58,14 @@ def without() -> contextlib.AbstractContextManager:
     return _unwanted(True)
 
 
+def why_not() -> str:
+    """Why kernels are not called here, in a line; "" when they are."""
+    return "within native.without()" if _unwanted.value else missing()
+
+
 def available() -> bool:
     """Whether the kernels can be called (they are compiled by the first question)."""
-    return not _unwanted.value and not missing()
+    return not why_not()
 
 
 def call(

@@ -43,7 +43,10 @@ def target() -> Path:
 def find_compiler() -> list[str]:
     """The words of the C++ compiler's command: $CXX, else c++, g++ or clang++."""
     named = os.environ.get("CXX")
-    words = shlex.split(named) if named else []
+    try:
+        words = shlex.split(named) if named else []
+    except ValueError as error:
+        raise CompileError(f"CXX={named}: {error}") from error
     for command in [words] if words else [["c++"], ["g++"], ["clang++"]]:
         found = shutil.which(command[0])
         if found:
@@ -74,16 +77,10 @@ def cache_folder() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """Changes whenever the library would: sources, headers, compiler, flags, processor."""
-    parts = [
-        jax.__version__,
-        version("jaxlib"),
-        *FLAGS,
-        *compiler,
-        platform.machine(),
-        _processor(),
-    ]
-    stated = os.stat(compiler[0])
-    parts += [str(stated.st_size), str(stated.st_mtime_ns)]
+    parts = [*FLAGS, *compiler, version("jaxlib"), platform.machine(), _processor()]
+    for program in filter(None, map(shutil.which, compiler)):  # "ccache g++" is two
+        stated = os.stat(program)
+        parts += [program, str(stated.st_size), str(stated.st_mtime_ns)]
     digest = hashlib.sha256("\0".join(parts).encode())
     for file in sorted([*SOURCE.glob("*.cc"), *SOURCE.glob("*.h")]):
         digest.update(file.read_bytes())
@@ -114,12 +111,16 @@ def _compile(compiler: list[str], target: Path) -> None:
             list(side_by_side.map(_run, commands))
         made = Path(scratch) / "kernels.so"
         _run([*compiler, "-shared", *objects, "-o", str(made)])
+        if not made.is_file():
+            raise CompileError(f"{compiler[0]} made no library")
         made.replace(target)
 
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(f"{command[0]}: {error}") from error
     if done.returncode:

@@ -48,9 +48,9 @@ inline float round_row(const float* x, int64_t D, int16_t* numbers) {
     largest = size > largest ? size : largest;
     numeric &= size == size;
   }
-  const float scale = largest * (1.0f / 127), divisor = scale > 0 ? scale : 1;
+  const float scale = largest * (1.0f / 127), inverse = 1.0f / (scale > 0 ? scale : 1.0f);
   for (int64_t d = 0; d < D; ++d) {
-    const float nearest = std::nearbyintf(x[d] / divisor);
+    const float nearest = std::nearbyintf(x[d] * inverse);
     numbers[d] = int16_t(nearest >= -127.0f ? (nearest <= 127.0f ? nearest : 127.0f) : -127.0f);
   }
   return numeric ? scale : std::nanf("");

@@ -31,7 +31,7 @@ def swiglu(
     """
     fits = matrices.alike(x, gate_up, down) and native.available()
     if implementation == "native" and not fits:
-        raise NotImplementedError(native.missing() or "matrices of these kinds")
+        raise NotImplementedError(native.why_not() or "matrices of these kinds")
     few = x.shape[0] <= MOST_ROWS or wants_same_bits() or implementation == "native"
     if implementation == "xla" or not (fits and few):
         return _xla(x, gate_up, down)

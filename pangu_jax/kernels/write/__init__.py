@@ -24,17 +24,21 @@ def write(
 
     `native` (CPU) copies what is new. XLA there takes a whole bf16 cache to float32 and back.
     """
-    if implementation == "xla" or not (native.available() and added.size):
-        if implementation == "native":
-            raise NotImplementedError(native.missing() or "nothing to write")
+    own = cache.shape if layer is None else cache.shape[1:]
+    alike = (cache.dtype, own[1], *own[3:]) == (added.dtype, added.shape[1], *added.shape[3:])
+    fits = alike and added.size > 0 and native.available()
+    if implementation == "native" and not fits:
+        raise NotImplementedError(native.why_not() or "numbers or heads unlike the cache's")
+    if implementation == "xla" or not fits:
         return _xla(cache, added, pages, slots, layer)
     pages = jnp.broadcast_to(pages, slots.shape)
     place = jnp.zeros((), jnp.int32) if layer is None else layer
     arguments = (cache, added, pages, slots, place)
-    if implementation == "native":
-        return _native(*arguments)
     plain = lambda *given: _xla(*given[:4], layer=None if layer is None else given[4])
-    return lax.platform_dependent(*arguments, cpu=_native, default=plain)
+    kernel = native.with_gradient_of(plain, _native)
+    if implementation == "native":
+        return kernel(*arguments)
+    return lax.platform_dependent(*arguments, cpu=kernel, default=plain)
 
 
 def _xla(cache: Array, added: Array, pages: Array, slots: Array, layer: Array | None) -> Array:
