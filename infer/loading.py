@@ -33,18 +33,19 @@ DEFAULTS = {
 
 def model(command: ModelFlags) -> tuple[Pangu, float]:
     """The model of the command's folder, and the seconds it took."""
-    kernels()
     start = time.perf_counter()
     with progress.reading() as advance:
         loaded = pangu_jax.load(
             command.model, command.dtype, command.layout, command.form, progress=advance
         )
         jax.block_until_ready(loaded)
+    seconds = time.perf_counter() - start
+    kernels()
     if command.cache is not None:
         loaded = build.with_cache(loaded, command.cache)
     if command.voted_experts is not None:
         loaded = build.with_voting(loaded, command.voted_experts)
-    return loaded, time.perf_counter() - start
+    return loaded, seconds
 
 
 def kernels() -> None:

@@ -252,7 +252,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     cache = str(tmp_path_factory.mktemp("cache"))
-    env = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONUTF8": "1"}
+    env = {**os.environ, "XDG_CACHE_HOME": cache, "PANGU_JAX_NATIVE": "0", "PYTHONUTF8": "1"}
     return {name: value for name, value in env.items() if name != "JAX_COMPILATION_CACHE_DIR"}
 
 

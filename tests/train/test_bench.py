@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pangu_jax
-from infer import bench as probes
+from infer.bench import bounds as probes
 from pangu_jax import build
 from pangu_jax import model as models
 from pangu_jax.config import ModelConfig, MoGEConfig
@@ -115,7 +115,7 @@ def test_only_scores_are_made_again(
     assert count() - everything_kept == scores
 
 
-def test_parts_multiply_as_much_as_the_whole() -> None:
+def test_parts_multiply_as_much_as_the_whole(plain_xla: None) -> None:
     """Of a batch that they divide; a mean of weights and other losses multiply nothing."""
     model = pangu_jax.abstract(TINY, form="stacked")
     batch = bench.random_batch(TINY.vocab_size, 40, 4)

@@ -250,7 +250,7 @@ def unseen(config: ModelConfig, where: Layout, work: Work) -> int:
     ],
     ids=str,
 )
-def test_flops_are_the_products_of_a_dense_model(where: str, work: Work) -> None:
+def test_flops_are_the_products_of_a_dense_model(where: str, work: Work, plain_xla: None) -> None:
     placed = SINGLE if where == "single" else layouts.named(where)
     with same_bits():  # as rows: columns would be padded
         made = products(lowered("dense", placed, work, 1))
@@ -260,7 +260,7 @@ def test_flops_are_the_products_of_a_dense_model(where: str, work: Work) -> None
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_of_a_training_step(tied: bool) -> None:
+def test_flops_of_a_training_step(tied: bool, plain_xla: None) -> None:
     """A full pass makes the logits of all tokens, as a training step does."""
     config = model_of("tied" if tied else "dense", 2)
     model = layouts.abstract(config, SINGLE, "separate")
