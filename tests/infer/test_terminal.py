@@ -124,12 +124,6 @@ def env(cache: str, tmp_path: Path) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name not in unwanted}
     found |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": cache, "PANGU_JAX_NATIVE": "0"}
     found |= {"TERM": "xterm", "PYTHONUTF8": "1"}
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": cache,
-        "PANGU_JAX_NATIVE": "0",
-        "TERM": "xterm",
-        "PYTHONUTF8": "1",
-    }
     return {**found, "PROMPT_TOOLKIT_NO_CPR": "1"}
 
 
