@@ -6,7 +6,6 @@ torch, which nothing installs.
 """
 
 import math
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import Tensor  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
+from infer.bench import bounds
 from pangu_jax import build
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.model import Pangu
@@ -36,7 +36,7 @@ def steps(
 
     scheduled: steps of the run that the learning rate's schedule is made for
     """
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(bounds.cores())
     separate = build.convert(model, "separate")
     weights = {name: torch.tensor(np.asarray(leaf)) for name, leaf in build.named_leaves(separate)}
     for leaf in weights.values():
@@ -187,10 +187,3 @@ def _schedule(section: OptimizerSection, steps: int) -> Callable[[int], float]:
         return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
     return part
-
-
-def _cores() -> int:
-    """The cores that this process may use, which is what XLA takes."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -5,6 +5,7 @@ matrix-vector product; prefill multiplies, so its bound is a large square produc
 dtype.
 """
 
+import os
 import time
 from collections.abc import Callable
 
@@ -82,3 +83,10 @@ def flops_probe(dtype: jnp.dtype, platform: str) -> Callable[[], float]:
     return lambda: (
         2 * side**3 / min(seconds(lambda: product(square, square)) for _ in range(3)) / 1e12
     )
+
+
+def cores() -> int:
+    """The cores that this process may use, which is what XLA takes."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -6,14 +6,13 @@ code has them. This is the only module of infer that needs torch and Transformer
 installs.
 """
 
-import os
-
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
+from infer.bench import bounds
 from infer.bench.measure import Program
 from pangu_jax import build
 from pangu_jax.checkpoint import names
@@ -37,7 +36,7 @@ def programs(model: Pangu) -> dict[str, Program]:
 
 
 def _program(peer: nn.Module) -> Program:
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(bounds.cores())
     on_gpu = torch.cuda.is_available()
     peer = peer.to("cuda") if on_gpu else peer
 
@@ -148,10 +147,3 @@ class MoGE(nn.Module):
             y = self.experts[index](rows[token]) * weights[token, group, None]
             mixed.index_add_(0, token, y.to(x.dtype))
         return mixed.view_as(x) + self.shared_expert(x)
-
-
-def _cores() -> int:
-    """The cores that this process may use, which is what XLA takes."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
