@@ -10,11 +10,11 @@ from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.kernels import native
 from pangu_jax.kernels.attention import pages
 from pangu_jax.kernels.attention.full import attend
+from pangu_jax.kernels.native import matrices
 from pangu_jax.paged import AnyMeta, Grid, PagedMeta
 from pangu_jax.quant.cached import Rows
 
 Implementation = Literal["xla", "native"]
-FLOATS = (jnp.float32, jnp.bfloat16)
 
 
 def attend_cached(
@@ -88,7 +88,7 @@ def _choose(
 
 def _can(queries: Array, keys: Any, implementation: Implementation | None) -> bool:
     held = jnp.dtype(jnp.int8) if isinstance(keys, Rows) else keys.dtype
-    fits = queries.dtype in FLOATS and held in (queries.dtype, jnp.int8)
+    fits = queries.dtype in matrices.FLOATS and held in (queries.dtype, jnp.int8)
     fits &= queries.shape[-1] % 16 == 0 and queries.size > 0
     if implementation == "native" and not (fits and native.available()):
         raise NotImplementedError(native.why_not() or f"heads of {queries.shape[-1]}, {held}")

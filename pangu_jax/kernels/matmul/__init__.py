@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int8
 
 from pangu_jax.kernels import native
 from pangu_jax.kernels.matmul import xla
+from pangu_jax.kernels.native import matrices
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
 
 Implementation = Literal["xla", "native"]
-FLOATS = (jnp.float32, jnp.bfloat16)
 
 # Rows up to which the kernel is at least as fast on CPU as XLA, but for a single float32 row, which
 # XLA multiplies as fast as memory is (measured; docs/benchmarks.md).
@@ -42,7 +42,9 @@ def matmul(
 
 
 def _can(x: Array, weight: Array, implementation: Implementation | None) -> bool:
-    fits = x.dtype in FLOATS and weight.dtype == x.dtype and min(*x.shape, *weight.shape) > 0
+    fits = (
+        x.dtype in matrices.FLOATS and weight.dtype == x.dtype and min(*x.shape, *weight.shape) > 0
+    )
     if implementation == "native":
         if not (fits and native.available()):
             raise NotImplementedError(native.why_not() or f"{x.dtype} times {weight.dtype}")
