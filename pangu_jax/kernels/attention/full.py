@@ -77,4 +77,12 @@ def _attend_block(
     weights = jax.nn.softmax(scores, axis=-1)
     if isinstance(values, Rows):
         return cached.mix(weights, values, queries.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights.astype(values.dtype), values)
+    # Summed in float32 and in the order of the operands: XLA for CPU, from JAX 0.11 on, sums some
+    # bf16 products of several batch axes in bf16, which costs a per cent, and lacks others.
+    mixed = jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.astype(values.dtype).transpose(0, 3, 1, 2, 4)
