@@ -3,18 +3,19 @@
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pangu_jax.cache import LayerCache, Meta
+from pangu_jax.kernels import mosaic as hopper
 from pangu_jax.kernels import native
-from pangu_jax.kernels.attention import pages
+from pangu_jax.kernels.attention import mosaic, pages
 from pangu_jax.kernels.attention.full import attend
+from pangu_jax.kernels.choice import Kernel, choose
 from pangu_jax.kernels.native import matrices
 from pangu_jax.paged import AnyMeta, Grid, PagedMeta
 from pangu_jax.quant.cached import Rows
 
-Implementation = Literal["xla", "native"]
+Implementation = Literal["xla", "native", "mosaic"]
 
 
 def attend_cached(
@@ -32,7 +33,8 @@ def attend_cached(
 
     `native` (CPU) reads slots where they lie, up to the last one that a row's queries may see. What
     a row gets does not depend on other rows or pages, nor on how many of its queries come at once,
-    to the last bit (where all that they see are numbers).
+    to the last bit (where all that they see are numbers). `mosaic` (NVIDIA's Hopper) reads them
+    there too.
     """
     keys = cache.keys
     if isinstance(keys, Rows) and keys.scale is None and keys.channels is None and scales is None:
@@ -78,21 +80,29 @@ def _choose(
     scales: Array | None,
     implementation: Implementation | None,
 ) -> Array:
-    if implementation == "xla" or not _can(queries, cache.keys, implementation):
-        return plain(queries, cache, grid, scales)
-    kernel = native.with_gradient_of(plain, _native)
-    if implementation == "native":
-        return kernel(queries, cache, grid, scales)
-    return lax.platform_dependent(queries, cache, grid, scales, cpu=kernel, default=plain)
+    kernels = {
+        "mosaic": Kernel(
+            mosaic.attend,
+            "cuda",
+            lambda: hopper.why_not() or _unless(mosaic.can(queries, cache.keys), queries),
+        ),
+        "native": Kernel(
+            _native,
+            "cpu",
+            lambda: native.why_not() or _unless(_native_can(queries, cache.keys), queries),
+        ),
+    }
+    return choose(plain, implementation, kernels)(queries, cache, grid, scales)
 
 
-def _can(queries: Array, keys: Any, implementation: Implementation | None) -> bool:
+def _unless(can: bool, queries: Array) -> str:
+    return "" if can else f"{queries.dtype} heads of {queries.shape[-1]} with this cache"
+
+
+def _native_can(queries: Array, keys: Any) -> bool:
     held = jnp.dtype(jnp.int8) if isinstance(keys, Rows) else keys.dtype
     fits = queries.dtype in matrices.FLOATS and held in (queries.dtype, jnp.int8)
-    fits &= queries.shape[-1] % 16 == 0 and queries.size > 0
-    if implementation == "native" and not (fits and native.available()):
-        raise NotImplementedError(native.why_not() or f"heads of {queries.shape[-1]}, {held}")
-    return fits and native.available()
+    return fits and queries.shape[-1] % 16 == 0 and queries.size > 0
 
 
 def _native(queries: Array, cache: LayerCache, grid: Grid, scales: Array | None) -> Array:

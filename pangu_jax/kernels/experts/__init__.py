@@ -1,16 +1,18 @@
 """Routed experts: every token through the experts that it chose."""
 
+import functools
 from typing import Literal
 
-from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pangu_jax.kernels import mosaic as hopper
 from pangu_jax.kernels import native
-from pangu_jax.kernels.experts import blocks
+from pangu_jax.kernels.choice import Kernel, choose
+from pangu_jax.kernels.experts import blocks, mosaic
 from pangu_jax.kernels.experts.held import Experts
 from pangu_jax.kernels.native import matrices
 
-Implementation = Literal["blocks", "native"]
+Implementation = Literal["blocks", "native", "mosaic"]
 
 
 def mix_experts(
@@ -26,26 +28,31 @@ def mix_experts(
     among: the experts of all devices, where some pairs may belong to those of another (expert E):
         those pairs add nothing
 
-    `native` (CPU) reads each chosen expert once, where it lies, for all of its tokens; its gradient
-    is that of `blocks`.
+    `native` (CPU) reads each chosen expert once, where it lies, for all of its tokens; `mosaic`
+    (NVIDIA's Hopper) multiplies all blocks at once. Their gradient is that of `blocks`.
     """
-    if implementation == "blocks" or not _can(x, held, implementation):
-        return blocks.mix_experts(x, experts, weights, held, among)
 
     def plain(x: Array, experts: Array, weights: Array, held: Experts) -> Array:
         return blocks.mix_experts(x, experts, weights, held, among)
 
-    def kernel(x: Array, experts: Array, weights: Array, held: Experts) -> Array:
-        return matrices.experts(x, experts, weights, held.gate_up, held.down, held.layer)
+    kernels = {
+        "mosaic": Kernel(
+            functools.partial(mosaic.mix_experts, among=among),
+            "cuda",
+            lambda: hopper.why_not() or _unless(mosaic.can(x, held)),
+        ),
+        "native": Kernel(
+            _native,
+            "cpu",
+            lambda: native.why_not() or _unless(matrices.alike(x, held.gate_up, held.down)),
+        ),
+    }
+    return choose(plain, implementation, kernels)(x, experts, weights, held)
 
-    kernel = native.with_gradient_of(plain, kernel)
-    if implementation == "native":
-        return kernel(x, experts, weights, held)
-    return lax.platform_dependent(x, experts, weights, held, cpu=kernel, default=plain)
+
+def _unless(can: bool) -> str:
+    return "" if can else "experts of these kinds"
 
 
-def _can(x: Array, held: Experts, implementation: Implementation | None) -> bool:
-    fits = matrices.alike(x, held.gate_up, held.down) and native.available()
-    if implementation == "native" and not fits:
-        raise NotImplementedError(native.why_not() or "experts of these kinds")
-    return fits
+def _native(x: Array, experts: Array, weights: Array, held: Experts) -> Array:
+    return matrices.experts(x, experts, weights, held.gate_up, held.down, held.layer)

@@ -6,19 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.adapted import Adapted
+from pangu_jax.kernels.experts.arranged import arrange, combine
 from pangu_jax.kernels.experts.held import Experts, take
 from pangu_jax.kernels.swiglu import swiglu
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.pytree import unchecked
 from pangu_jax.quant.weight import Weight
-
-# What a backward pass may keep in place of multiplying by the experts again (model.py).
-EXPERTS_OUTPUT = "experts"
 
 # Rows of a block where results must not depend on how many there are (`precision.same_bits`).
 SAME_BITS_BLOCK = 8
@@ -33,38 +30,14 @@ def mix_experts(
 ) -> Float[Array, "N D"]:
     """`kernels.experts.mix_experts`.
 
-    The N*k (token, expert) pairs are sorted by expert and cut into blocks that each belong to one
-    expert; a loop over the blocks multiplies each with that expert's weights. The number of blocks
-    is static, because an expert wastes less than one block; empty blocks repeat an expert and are
-    never read back. (Own choice: exact, static shapes, and one expert's weights at a time on every
-    platform.)
+    One block after the other is multiplied with its expert's weights. (Own choice: exact, static
+    shapes, and one expert's weights at a time on every platform.)
     """
-    N, k = experts.shape
-    E = held.count
-    size = SAME_BITS_BLOCK if wants_same_bits() else block_size(N * k, among or E)
-    num_blocks = (N * k + E * (size - 1)) // size
-
-    order = jnp.argsort(experts.reshape(-1), stable=True)  # sorted rank -> pair
-    counts = jnp.bincount(experts.reshape(-1), length=E + 1)
-    blocks_of = ((counts + size - 1) // size).at[E].set(0)
-    block_ends = jnp.cumsum(blocks_of)
-    sorted_experts = experts.reshape(-1)[order]
-    rank_in_expert = jnp.arange(N * k) - (jnp.cumsum(counts) - counts)[sorted_experts]
-    row = (block_ends - blocks_of)[sorted_experts] * size + rank_in_expert
-    row = jnp.where(sorted_experts < E, row, num_blocks * size)  # sorted rank -> row of the blocks
-
-    token_of_row = jnp.zeros(num_blocks * size, jnp.int32).at[row].set(order // k, mode="drop")
-    block_expert = jnp.searchsorted(block_ends, jnp.arange(num_blocks), "right")
-    blocks = jnp.minimum(block_expert, E - 1), token_of_row.reshape(num_blocks, size)
-
-    arguments = boundary.varying((x, held, *blocks, block_ends[-1]))
+    size = SAME_BITS_BLOCK if wants_same_bits() else block_size(experts.size, among or held.count)
+    own = arrange(experts, held.count, size)
+    arguments = boundary.varying((x, held, own.experts, own.tokens, own.used))
     rows: Array = _blocks(*arguments, among is not None)
-    row_of_pair = jnp.zeros(N * k, row.dtype).at[order].set(row)
-    flat = rows.reshape(num_blocks * size, -1)
-    chosen = flat.at[row_of_pair].get(mode="fill", fill_value=0).reshape(N, k, -1)
-    chosen = checkpoint_name(chosen, EXPERTS_OUTPUT)
-    mixed = jnp.einsum("nkd,nk->nd", chosen, weights, preferred_element_type=jnp.float32)
-    return mixed.astype(x.dtype)
+    return combine(rows, own, weights, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

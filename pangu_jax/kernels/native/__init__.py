@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,6 @@ from jaxtyping import Array
 
 from pangu_jax.kernels.native import build
 from pangu_jax.parallel import boundary
-from pangu_jax.precision import exact_if_float32
 
 TARGETS = ("pangu_matmul", "pangu_experts", "pangu_attention", "pangu_write")
 
@@ -90,19 +88,3 @@ def call(
     kernel = jax.ffi.ffi_call(target, result, vmap_method="sequential", input_output_aliases=places)
     made: Array = kernel(*leaves, **attributes)
     return made
-
-
-def with_gradient_of(plain: Callable[..., Array], kernel: Callable[..., Array]) -> Callable:
-    """`kernel`, whose gradient is that of `plain`; both take the same arrays."""
-
-    @jax.custom_vjp
-    def both(*arguments: Any) -> Array:
-        return kernel(*arguments)
-
-    def forward(*arguments: Any) -> tuple[Array, Callable]:
-        # In full precision: this is traced outside of the model's own request.
-        with exact_if_float32(jax.tree.leaves(arguments)[0].dtype):
-            return jax.vjp(plain, *arguments)
-
-    both.defvjp(forward, lambda backward, grad: backward(grad))
-    return lambda *arguments: both(*boundary.varying(arguments))

@@ -4,11 +4,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pangu_jax.adapted import Adapted
 from pangu_jax.kernels import native
+from pangu_jax.kernels.choice import Kernel, choose
 from pangu_jax.kernels.matmul import MOST_ROWS
 from pangu_jax.kernels.native import matrices
 from pangu_jax.linear import linear
@@ -29,16 +29,14 @@ def swiglu(
     `native` (CPU, few rows) is the kernel of routed experts with one expert: what is between the
     products stays in float32.
     """
-    fits = matrices.alike(x, gate_up, down) and native.available()
-    if implementation == "native" and not fits:
-        raise NotImplementedError(native.why_not() or "matrices of these kinds")
     few = x.shape[0] <= MOST_ROWS or wants_same_bits() or implementation == "native"
-    if implementation == "xla" or not (fits and few):
-        return _xla(x, gate_up, down)
-    kernel = native.with_gradient_of(_xla, _native)
-    if implementation == "native":
-        return kernel(x, gate_up, down)
-    return lax.platform_dependent(x, gate_up, down, cpu=kernel, default=_xla)
+
+    def why_not() -> str:
+        fits = few and matrices.alike(x, gate_up, down)
+        return native.why_not() or ("" if fits else "matrices of these kinds")
+
+    kernels = {"native": Kernel(_native, "cpu", why_not)}
+    return choose(_xla, implementation, kernels)(x, gate_up, down)
 
 
 def _xla(x: Array, gate_up: Array | Weight | Adapted, down: Array | Weight | Adapted) -> Array:

@@ -3,10 +3,10 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 from pangu_jax.kernels import native
+from pangu_jax.kernels.choice import Kernel, choose
 
 Implementation = Literal["xla", "native"]
 
@@ -26,19 +26,15 @@ def write(
     """
     own = cache.shape if layer is None else cache.shape[1:]
     alike = (cache.dtype, own[1], *own[3:]) == (added.dtype, added.shape[1], *added.shape[3:])
-    fits = alike and added.size > 0 and native.available()
-    if implementation == "native" and not fits:
-        raise NotImplementedError(native.why_not() or "numbers or heads unlike the cache's")
-    if implementation == "xla" or not fits:
+    fits = alike and added.size > 0
+    unlike = "" if fits else "numbers or heads unlike the cache's"
+    if implementation == "xla" or (implementation is None and not fits):
         return _xla(cache, added, pages, slots, layer)
     pages = jnp.broadcast_to(pages, slots.shape)
     place = jnp.zeros((), jnp.int32) if layer is None else layer
-    arguments = (cache, added, pages, slots, place)
     plain = lambda *given: _xla(*given[:4], layer=None if layer is None else given[4])
-    kernel = native.with_gradient_of(plain, _native)
-    if implementation == "native":
-        return kernel(*arguments)
-    return lax.platform_dependent(*arguments, cpu=kernel, default=plain)
+    kernels = {"native": Kernel(_native, "cpu", lambda: native.why_not() or unlike)}
+    return choose(plain, implementation, kernels)(cache, added, pages, slots, place)
 
 
 def _xla(cache: Array, added: Array, pages: Array, slots: Array, layer: Array | None) -> Array:
