@@ -17,18 +17,20 @@ class Kernel:
     """An implementation for one platform.
 
     why_not: why it cannot do what is asked for, or not here, in a line; "" when it can
+    has_gradient: of its own; that of the plain program else
     """
 
     run: Callable[..., Array]
     platform: Literal["cpu", "cuda"]
     why_not: Callable[[], str]
+    has_gradient: bool = False
 
 
 def choose(
     plain: Callable[..., Array], wanted: str | None, kernels: dict[str, Kernel]
 ) -> Callable[..., Array]:
     """The kernel that is wanted, or `plain` for another name. Where none is, the first that can, on
-    its platform. All take the same arrays, and have the gradient of `plain`.
+    its platform. All take the same arrays.
 
     Raises NotImplementedError for a kernel that is wanted and cannot.
     """
@@ -41,7 +43,7 @@ def choose(
         if wanted and why_not:
             raise NotImplementedError(why_not)
         if not why_not:
-            run = with_gradient_of(plain, kernel.run)
+            run = kernel.run if kernel.has_gradient else with_gradient_of(plain, kernel.run)
             return run if wanted else _there(run, kernel.platform, plain)
     return plain
 

@@ -29,7 +29,8 @@ def mix_experts(
         those pairs add nothing
 
     `native` (CPU) reads each chosen expert once, where it lies, for all of its tokens; `mosaic`
-    (NVIDIA's Hopper) multiplies all blocks at once. Their gradient is that of `blocks`.
+    (NVIDIA's Hopper) multiplies all blocks at once, in the gradient of float experts too. Other
+    gradients are those of `blocks`.
     """
 
     def plain(x: Array, experts: Array, weights: Array, held: Experts) -> Array:
@@ -40,6 +41,7 @@ def mix_experts(
             functools.partial(mosaic.mix_experts, among=among),
             "cuda",
             lambda: hopper.why_not() or _unless(mosaic.can(x, held)),
+            has_gradient=mosaic.has_gradient(held),
         ),
         "native": Kernel(
             _native,

@@ -1,5 +1,6 @@
 """Routed experts on NVIDIA's Hopper: grouped products ("SwiftGMM"), and plain XLA in between."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,9 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from pangu_jax.kernels import mosaic
 from pangu_jax.kernels.experts.arranged import Arranged, arrange, combine
-from pangu_jax.kernels.experts.grouped import grouped
+from pangu_jax.kernels.experts.grouped import grouped, summed
 from pangu_jax.kernels.experts.held import Experts
+from pangu_jax.parallel import boundary
 from pangu_jax.precision import wants_same_bits
+from pangu_jax.pytree import unchecked
 from pangu_jax.quant import rows as quant_rows
 from pangu_jax.quant.weight import Weight
 
@@ -44,6 +47,11 @@ def _can(matrix: Any) -> bool:
     return outputs % 64 == 0 and mosaic.swizzled(width, matrix.dtype) > 0
 
 
+def has_gradient(held: Experts) -> bool:
+    """Of its own: of float experts that are a layer's own."""
+    return held.layer is None and not any(isinstance(x, Weight) for x in (held.gate_up, held.down))
+
+
 def mix_experts(
     x: Float[Array, "N D"],
     experts: Int[Array, "N k"],
@@ -51,14 +59,75 @@ def mix_experts(
     held: Experts,
     among: int | None = None,
 ) -> Float[Array, "N D"]:
-    """`kernels.experts.mix_experts`; no gradient."""
-    mean = 0 if wants_same_bits() else experts.size / (among or held.count)
-    size, *tile = next(tile for most, tile in TILES.items() if mean <= most)
+    """`kernels.experts.mix_experts`."""
+    return _mix(*boundary.varying((x, experts, weights, held)), among)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mix(x: Array, experts: Array, weights: Array, held: Experts, among: int | None) -> Array:
+    size, *tile = _tile(experts, among or held.count)
     own = arrange(experts, held.count, size)
-    y = _linear(x[own.tokens], held.gate_up, own, held.layer, *tile)
-    gate, up = jnp.split(y, 2, axis=-1)
-    rows = _linear(jax.nn.silu(gate) * up, held.down, own, held.layer, *tile)
+    inner = _gated(_linear(x[own.tokens], held.gate_up, own, held.layer, *tile))
+    rows = _linear(inner, held.down, own, held.layer, *tile)
     return combine(rows, own, weights, x.dtype)
+
+
+def _tile(experts: Int[Array, "N k"], count: int) -> tuple[int, int, int]:
+    """Rows of a block, outputs of a tile, loads."""
+    mean = 0 if wants_same_bits() else experts.size / count
+    return next(tile for most, tile in TILES.items() if mean <= most)
+
+
+def _forward(*arguments: Any) -> tuple[Array, Any]:
+    return _mix(*arguments), arguments[:-1]
+
+
+def _backward(among: int | None, kept: Any, grad: Float[Array, "N D"]) -> tuple[Any, ...]:
+    """Five grouped products, the one of gate and up again among them; nothing is kept. Blocks have
+    64 rows at least here, which a sum over rows takes at a time.
+    """
+    x, experts, weights, held = kept
+    size, tile, loads = max(_tile(experts, among or held.count), TILES[64])
+    own = arrange(experts, held.count, size)
+    flat = held.gate_up.reshape(held.count, -1, x.shape[1])
+    product = lambda rows, stack, turned: grouped(
+        rows, stack, own.experts, own.used, tile, loads, turned
+    )
+    shares = (
+        jnp.zeros(own.tokens.size, jnp.float32)
+        .at[own.rows]
+        .set(weights.astype(jnp.float32), mode="drop")
+    )
+    shares = shares.reshape(*own.tokens.shape, 1)  # of each row, 0 where there is no pair
+    rows, grads = x[own.tokens], grad[own.tokens]
+
+    inner, back = jax.vjp(_gated, product(rows, flat, False))
+    to_inner = product(grads, held.down, True).astype(jnp.float32)  # but for the share
+    of_rows = (to_inner * inner.astype(jnp.float32)).sum(-1)
+    to_weights = of_rows.reshape(-1).at[own.rows].get(mode="fill", fill_value=0)
+    (to_projected,) = back((to_inner * shares).astype(x.dtype))
+    to_rows = product(to_projected, flat, True)
+    ones = jnp.ones(weights.shape, jnp.float32)
+    to_x = combine(to_rows, own, ones, x.dtype)
+
+    shared = (grads.astype(jnp.float32) * shares).astype(x.dtype)
+    holds = (jnp.arange(own.experts.size) < own.used).astype(jnp.int32)
+    count = jnp.zeros(held.count, jnp.int32).at[own.experts].add(holds)
+    first = jnp.cumsum(count) - count
+    to_gate_up = summed(to_projected, rows, first, count, tile, loads)
+    to_down = summed(shared, inner, first, count, tile, loads)
+    to_held = unchecked(
+        Experts, gate_up=to_gate_up.reshape(held.gate_up.shape), down=to_down, layer=None
+    )
+    return to_x, None, to_weights.astype(weights.dtype), to_held
+
+
+_mix.defvjp(_forward, _backward)
+
+
+def _gated(projected: Float[Array, "n s FF"]) -> Float[Array, "n s F"]:
+    gate, up = jnp.split(projected, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def _linear(

@@ -46,13 +46,20 @@ def _missing() -> str:
 def why_not() -> str:
     """Why the kernels are not taken here, in a line; "" when they are."""
     if jax.__version_info__ < (0, 11):
-        return "JAX 0.10 does not come to an end with compiling them"
+        return "they need JAX 0.11"  # JAX 0.10 takes minutes to lay out attention's registers
+    if _here.value == "without":
+        return "within mosaic.without()"
     return "" if _here.value else _missing()
 
 
 def available() -> bool:
     """Whether the kernels are taken."""
     return not why_not()
+
+
+def without() -> contextlib.AbstractContextManager:
+    """Within, programs are traced as where there is no Hopper."""
+    return _here("without")
 
 
 def is_interpreted() -> bool:
