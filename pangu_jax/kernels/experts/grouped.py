@@ -131,7 +131,7 @@ def summed(
                     spec((None, s, high), lambda i: (start + i, 0, f)),
                     spec((None, s, wide), lambda i: (start + i, 0, k)),
                 ],
-                max_concurrent_steps=loads,
+                max_concurrent_steps=max(2, loads * 64 // s),
             )(left, right)
             return total[...]
 
