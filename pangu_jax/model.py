@@ -41,7 +41,7 @@ from pangu_jax.attention import ATTENTION_OUTPUT, Attention
 from pangu_jax.cache import Cache, LayerCache, Meta
 from pangu_jax.config import ModelConfig
 from pangu_jax.kernels.experts import Experts
-from pangu_jax.kernels.experts.arranged import EXPERTS_OUTPUT
+from pangu_jax.kernels.experts.blocks import EXPERTS_OUTPUT
 from pangu_jax.linear import linear
 from pangu_jax.mlp import MLP
 from pangu_jax.moge import MoGE, Routing

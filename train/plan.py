@@ -99,6 +99,7 @@ def lower(config: Config, plan: Any) -> Any:
     from jax.sharding import NamedSharding
 
     from pangu_jax import build
+    from pangu_jax.kernels import mosaic
     from pangu_jax.pytree import unchecked
     from train import step as steps
     from train.objectives import Batch
@@ -125,4 +126,5 @@ def lower(config: Config, plan: Any) -> Any:
     batch = unchecked(
         Batch, tokens=whole, targets=whole, segments=whole, positions=whole, weights=real
     )
-    return jax.jit(recipe.step(), donate_argnames="state").lower(state, batch)
+    with mosaic.for_card(plan.target.chip.description):
+        return jax.jit(recipe.step(), donate_argnames="state").lower(state, batch)

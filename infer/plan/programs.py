@@ -17,6 +17,7 @@ from pangu_jax import build
 from pangu_jax import cache as caches
 from pangu_jax.config import ModelConfig
 from pangu_jax.errors import InputError
+from pangu_jax.kernels import mosaic
 from pangu_jax.model import Form, Pangu
 from pangu_jax.parallel import fit
 from pangu_jax.parallel import layout as layouts
@@ -69,7 +70,11 @@ def formulas(
 
 def lower(plan: Plan, form: Form | None) -> Any:
     """The plan's program, lowered for the target's devices. Raises NoCompiler."""
-    devices = plan.target.devices()
+    with mosaic.for_card(plan.target.chip.description):
+        return _lower(plan, form, plan.target.devices())
+
+
+def _lower(plan: Plan, form: Form | None, devices: Sequence[Any]) -> Any:
     model = build.abstract(
         plan.config,
         dtype=plan.dtype,

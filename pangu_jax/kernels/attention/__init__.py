@@ -3,19 +3,41 @@
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pangu_jax.cache import LayerCache, Meta
 from pangu_jax.kernels import mosaic as hopper
 from pangu_jax.kernels import native
-from pangu_jax.kernels.attention import mosaic, pages
-from pangu_jax.kernels.attention.full import attend
+from pangu_jax.kernels.attention import cudnn, full, mosaic, pages
 from pangu_jax.kernels.choice import Kernel, choose
 from pangu_jax.kernels.native import matrices
 from pangu_jax.paged import AnyMeta, Grid, PagedMeta
 from pangu_jax.quant.cached import Rows
 
 Implementation = Literal["xla", "native", "mosaic"]
+
+
+def attend(
+    queries: Float[Array, "B T K g H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> Float[Array, "B T K g H"]:
+    """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position, of the same
+    example where rows hold several (`full.attend`).
+    """
+
+    def why_not() -> str:
+        if hopper.is_interpreted():
+            return "nothing interprets cuDNN"
+        return hopper.why_not() or _unless(cudnn.can(queries, keys), queries)
+
+    kernels = {"cudnn": Kernel(cudnn.attend, "cuda", why_not, has_gradient=True)}
+    attend = choose(full.attend, implementation, kernels)
+    return attend(queries, keys, values, query_positions, key_positions, segments)
 
 
 def attend_cached(
@@ -52,7 +74,7 @@ def _contiguous(queries: Array, cache: LayerCache, grid: Grid, scales: Array | N
     held = cache.read(scales)
     B, _, S, _ = held[0].shape
     at = jnp.broadcast_to(jnp.arange(S), (B, S))
-    return attend(queries, *held, grid.positions, at)
+    return full.attend(queries, *held, grid.positions, at)
 
 
 def _paged(

@@ -1,14 +1,10 @@
 """(token, expert) pairs in blocks that each belong to one expert."""
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.pytree import pytree
-
-# What a backward pass may keep in place of multiplying by the experts again (model.py).
-EXPERTS_OUTPUT = "experts"
 
 
 @pytree
@@ -53,14 +49,15 @@ def arrange(experts: Int[Array, "N k"], count: int, size: int) -> Arranged:
     )
 
 
-def combine(
-    rows: Float[Array, "n s D"], own: Arranged, weights: Float[Array, "N k"], dtype: DTypeLike
-) -> Float[Array, "N D"]:
-    """The rows of each token's pairs, weighted and summed in float32; what is not among them adds
-    nothing.
-    """
+def rows_of_pairs(rows: Float[Array, "n s D"], own: Arranged) -> Float[Array, "N k D"]:
+    """Each pair's row; zeros where its expert is not among these."""
     flat = rows.reshape(-1, rows.shape[-1])
-    chosen = flat.at[own.rows].get(mode="fill", fill_value=0)
-    chosen = checkpoint_name(chosen, EXPERTS_OUTPUT)
+    return flat.at[own.rows].get(mode="fill", fill_value=0)
+
+
+def combine(
+    chosen: Float[Array, "N k D"], weights: Float[Array, "N k"], dtype: DTypeLike
+) -> Float[Array, "N D"]:
+    """Each token's rows, weighted and summed in float32."""
     mixed = jnp.einsum("nkd,nk->nd", chosen, weights, preferred_element_type=jnp.float32)
     return mixed.astype(dtype)

@@ -6,16 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.adapted import Adapted
-from pangu_jax.kernels.experts.arranged import arrange, combine
+from pangu_jax.kernels.experts.arranged import arrange, combine, rows_of_pairs
 from pangu_jax.kernels.experts.held import Experts, take
 from pangu_jax.kernels.swiglu import swiglu
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
 from pangu_jax.pytree import unchecked
 from pangu_jax.quant.weight import Weight
+
+# What a backward pass may keep in place of multiplying by the experts again (model.py).
+EXPERTS_OUTPUT = "experts"
 
 # Rows of a block where results must not depend on how many there are (`precision.same_bits`).
 SAME_BITS_BLOCK = 8
@@ -37,7 +41,8 @@ def mix_experts(
     own = arrange(experts, held.count, size)
     arguments = boundary.varying((x, held, own.experts, own.tokens, own.used))
     rows: Array = _blocks(*arguments, among is not None)
-    return combine(rows, own, weights, x.dtype)
+    chosen = checkpoint_name(rows_of_pairs(rows, own), EXPERTS_OUTPUT)
+    return combine(chosen, weights, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

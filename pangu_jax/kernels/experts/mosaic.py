@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.kernels import mosaic
-from pangu_jax.kernels.experts.arranged import Arranged, arrange, combine
+from pangu_jax.kernels.experts.arranged import Arranged, arrange, combine, rows_of_pairs
 from pangu_jax.kernels.experts.grouped import grouped, summed
 from pangu_jax.kernels.experts.held import Experts
 from pangu_jax.parallel import boundary
@@ -32,10 +32,11 @@ TILES = {
 
 def can(x: Float[Array, "N D"], held: Experts) -> bool:
     """bf16 experts, or int8 ones with bf16 activations; widths in whole tiles."""
-    return x.dtype == jnp.bfloat16 and all(map(_can, (held.gate_up, held.down)))
+    D, F = held.down.shape[-2:]
+    return x.dtype == jnp.bfloat16 and _can(held.gate_up, 2 * F) and _can(held.down, D)
 
 
-def _can(matrix: Any) -> bool:
+def _can(matrix: Any, outputs: int) -> bool:
     if isinstance(matrix, Weight):
         scheme = matrix.scheme
         if scheme.numbers != "int8" or scheme.activations not in ("float", "dynamic"):
@@ -43,13 +44,13 @@ def _can(matrix: Any) -> bool:
         matrix = matrix.numbers
     elif getattr(matrix, "dtype", None) != jnp.bfloat16:
         return False
-    *_, outputs, width = matrix.shape
-    return outputs % 64 == 0 and mosaic.swizzled(width, matrix.dtype) > 0
+    return outputs % 64 == 0 and mosaic.swizzled(matrix.shape[-1], matrix.dtype) > 0
 
 
 def has_gradient(held: Experts) -> bool:
-    """Of its own: of float experts that are a layer's own."""
-    return held.layer is None and not any(isinstance(x, Weight) for x in (held.gate_up, held.down))
+    """Of its own: of float experts that are a layer's own, their widths in whole tiles."""
+    floats = not any(isinstance(x, Weight) for x in (held.gate_up, held.down))
+    return floats and held.layer is None and held.down.shape[-1] % 64 == 0
 
 
 def mix_experts(
@@ -69,7 +70,7 @@ def _mix(x: Array, experts: Array, weights: Array, held: Experts, among: int | N
     own = arrange(experts, held.count, size)
     inner = _gated(_linear(x[own.tokens], held.gate_up, own, held.layer, *tile))
     rows = _linear(inner, held.down, own, held.layer, *tile)
-    return combine(rows, own, weights, x.dtype)
+    return combine(rows_of_pairs(rows, own), weights, x.dtype)
 
 
 def _tile(experts: Int[Array, "N k"], count: int) -> tuple[int, int, int]:
@@ -106,9 +107,8 @@ def _backward(among: int | None, kept: Any, grad: Float[Array, "N D"]) -> tuple[
     of_rows = (to_inner * inner.astype(jnp.float32)).sum(-1)
     to_weights = of_rows.reshape(-1).at[own.rows].get(mode="fill", fill_value=0)
     (to_projected,) = back((to_inner * shares).astype(x.dtype))
-    to_rows = product(to_projected, flat, True)
-    ones = jnp.ones(weights.shape, jnp.float32)
-    to_x = combine(to_rows, own, ones, x.dtype)
+    to_pairs = rows_of_pairs(product(to_projected, flat, True), own)
+    to_x = to_pairs.sum(1, dtype=jnp.float32).astype(x.dtype)
 
     shared = (grads.astype(jnp.float32) * shares).astype(x.dtype)
     holds = (jnp.arange(own.experts.size) < own.used).astype(jnp.int32)
