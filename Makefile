@@ -7,7 +7,10 @@ READY := $(VENV)/.ready
 SIDE := -n logical --maxprocesses 4 --dist loadfile
 TYPES := --jaxtyping-packages=pangu_jax,infer,train,beartype.beartype
 
-.PHONY: help demo test test-slow check format clean
+# Of a machine whose Python has JAX for CUDA already: nothing is installed there.
+GPU := JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
+
+.PHONY: help demo test test-slow check bench-gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +30,11 @@ check: $(READY)  ## lint, formatting, types, and the layering of the packages
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+bench-gpu:  ## an NVIDIA GPU: its kernels tested, and they and whole models measured (minutes; PYTHON has JAX for CUDA)
+	$(GPU) PANGU_JAX_MOSAIC=1 $(PYTHON) -m pytest -q tests/pangu_jax/kernels/test_mosaic_experts.py tests/pangu_jax/kernels/test_mosaic_attention.py
+	$(GPU) PANGU_JAX_MOSAIC=1 $(PYTHON) -m infer.bench.gpu operations $(ARGS)
+	for kernels in 0 1; do $(GPU) PANGU_JAX_MOSAIC=$$kernels $(PYTHON) -m infer.bench.gpu models $(ARGS) || exit; done
 
 format: $(READY)  ## format the sources
 	$(BIN)/ruff check --fix .

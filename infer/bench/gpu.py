@@ -169,7 +169,7 @@ def experts_rows(
             what = f"experts, {name}, {tokens} tokens"
             work = 6.0 * D * F * k * tokens
             given = [x, chosen, share, *own]
-            yield compare(what, program, given, touched * bytes_each, work, most)
+            yield compare(what, program, given, float(touched * bytes_each), work, most)
 
 
 def attention_rows(
