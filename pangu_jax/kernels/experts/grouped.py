@@ -18,7 +18,7 @@ from pangu_jax.kernels import mosaic
 
 def grouped(
     rows: Shaped[Array, "n s K"],
-    stack: Shaped[Array, "E F K"],
+    stack: Shaped[Array, "E out in"],
     experts: Int[Array, " n"],
     used: Int[Array, ""],
     tile: int,
