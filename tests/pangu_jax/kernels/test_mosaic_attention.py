@@ -1,6 +1,7 @@
 """Attention on a Hopper against a loop over queries in NumPy float64."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,13 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from pangu_jax.cache import LayerCache, Meta
+from pangu_jax.kernels import mosaic as hopper_kernels
 from pangu_jax.kernels.attention import attend as attend_whole
-from pangu_jax.kernels.attention import cudnn, full, mosaic
+from pangu_jax.kernels.attention import attend_cached, cudnn, full, mosaic
 from pangu_jax.precision import same_bits
 from tests.pangu_jax.kernels import cached, hopper, oracle
 from tests.pangu_jax.kernels.cached import Case, Shape, attend, case, spoil, unused
 
+SLOW = pytest.mark.slow
 interpreted = hopper.needs_one
 
 KINDS = ("bfloat16", "slots bfloat16", "fixed bfloat16")
@@ -119,6 +125,125 @@ def test_gradients_are_those_of_plain_xla() -> None:
 
     for got, wanted in zip(gradients("mosaic"), gradients("xla"), strict=True):
         oracle.close(got, oracle.wide(wanted), 1e-5)
+
+
+MORE = {
+    "ten queries of a head": Shape(2, 1, 2, 10, 32, 128, 64),
+    "a tile and some": Shape(2, 13, 1, 5, 128, 192, 64),  # 65 queries
+    "contiguous in parts": Shape(1, 1, 2, 1, 128, 512),
+    "one slot": Shape(1, 1, 1, 1, 64, 64),
+    "large pages in parts": Shape(2, 3, 1, 5, 96, 640, 128),
+    "two whole tiles": Shape(1, 128, 1, 1, 32, 192, 64),
+}
+
+
+def parts(own: Case) -> int:
+    """How many programs share a tile's slots."""
+    R, T, K, g, Z = own.shape.R, own.shape.T, own.shape.K, own.shape.g, own.shape.Z
+    rows = R if Z is None else -(-R // 2)  # two grids
+    return mosaic._parts(rows * K * -(-T * g // 64), own.shape.pages * (Z or own.shape.S))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name", [*list(MORE)[:3], *(pytest.param(name, marks=SLOW) for name in list(MORE)[3:])]
+)
+def test_more_shapes(name: str) -> None:
+    """Each with another kind, most of a stack; parts where the name says so."""
+    i = list(MORE).index(name)
+    own = case(KINDS[i % 3], i, MORE[name])
+    assert (parts(own) > 1) == ("parts" in name)
+    check(own, run(own, layered=i % 2 == 0))
+
+
+@interpreted
+@oracle.kinds(KINDS[1:2], KINDS[::2])
+def test_parts_beyond_a_row(kind: str) -> None:
+    """Of a row of two slots the second part has none, of one of padding nobody has; what they
+    could read is no number.
+    """
+    own = case(kind, 4, Shape(3, 2, 1, 2, 64, 512), padding=False)
+    own.positions = np.array([[0, 1], [510, 511], [300, 301]], np.int32)
+    own.valid = np.array([[True] * 2, [True] * 2, [False] * 2])
+    assert parts(own) == 2
+    wanted = cached.wanted(own)[own.valid]
+    if kind != "fixed bfloat16":
+        behind = unused(own, beyond_own=False)
+        own.keys, own.values = (spoil(held, behind) for held in (own.keys, own.values))
+    got = oracle.wide(run(own))
+    oracle.close(got[own.valid], wanted, 0.015)
+    assert np.isfinite(got).all()
+
+
+@interpreted
+@oracle.kinds(KINDS[1:2], KINDS[2:])
+def test_a_query_of_pages_that_is_no_number_spoils_no_other(kind: str) -> None:
+    own = case(kind, 2, Shape(2, 2, 1, 3, 32, 320, 64), padding=False)
+    own.queries = own.queries.at[1, 1, 0, 2, 3].set(jnp.nan)
+    bad = np.isnan(oracle.wide(run(own)))
+    only = np.zeros(bad.shape, bool)
+    only[1, 1, 0, 2] = True
+    np.testing.assert_array_equal(bad, only)
+
+
+@SLOW
+@interpreted
+@pytest.mark.parametrize(("kind", "name"), [(KINDS[1], "large pages"), (KINDS[2], "contiguous")])
+def test_the_same_bits_of_int8(kind: str, name: str) -> None:
+    """Of a row alone, and wherever its pages lie."""
+    own = case(kind, 0, SHAPES[name])
+    with same_bits():
+        whole, alone = run(own), run(own.rows(slice(0, 1)))
+    oracle.same(np.asarray(alone)[0][own.valid[0]], np.asarray(whole)[0][own.valid[0]])
+
+
+@SLOW
+@interpreted
+def test_where_pages_lie_makes_no_difference() -> None:
+    own = case("bfloat16", 0, SHAPES["parts"])
+    order = np.random.default_rng(1).permutation(len(own.keys))
+    tables = np.argsort(order)[own.tables].astype(np.int32)
+    moved = dataclasses.replace(own, keys=own.keys[order], values=own.values[order], tables=tables)
+    oracle.same(*(np.asarray(run(c))[own.valid] for c in (own, moved)))
+
+
+@interpreted
+def test_token_by_token_in_a_loop() -> None:
+    """Written and attended to in a scan; the cache begins empty."""
+    own = case("bfloat16", 6, Shape(2, 6, 1, 2, 32, 64), padding=False)
+    own.positions = np.broadcast_to(np.arange(6, dtype=np.int32), (2, 6))
+
+    def step(held: tuple, token: tuple) -> Any:
+        query, key, value, t = token
+        meta = Meta(jnp.full((2, 1), t), jnp.ones((2, 1), bool))
+        cache = LayerCache(held[0], held[1], None).write(key[:, :, None], value[:, :, None], meta)
+        mixed = attend_cached(query[:, None], cache, meta, None, "mosaic")
+        return (cache.keys, cache.values), mixed[:, 0]
+
+    new = [jnp.moveaxis(held[:, :, :6], 2, 0) for held in (own.keys, own.values)]
+    in_turn = jnp.moveaxis(own.queries, 1, 0), *new, jnp.arange(6)
+    empty = jnp.zeros_like(own.keys)
+    with hopper.here():
+        _, mixed = jax.jit(lambda *xs: lax.scan(step, (empty, empty), xs))(*in_turn)
+    check(own, jnp.moveaxis(mixed, 0, 1))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("split", "kind"),
+    [("heads", KINDS[2]), ("heads of pages", KINDS[1]), ("rows", KINDS[0])],
+)
+def test_traced_over_devices(split: str, kind: str) -> None:
+    """Results vary over the devices they should: nothing interprets several."""
+    own = case(kind, 5, Shape(8, 2, 8, 2, 32, 64, 64 if "pages" in split else None))
+    rows, heads = ("x", None) if split == "rows" else (None, "x")
+    held, where = P(rows, heads), P(rows)
+    specs = (P(rows, None, heads), held, held, where, P(heads))
+    local = functools.partial(attend, implementation="mosaic")
+    over = jax.shard_map(local, mesh=oracle.mesh(), in_specs=specs, out_specs=specs[0])
+    with hopper_kernels.compiled():
+        made = jax.eval_shape(over, own.queries, own.keys, own.values, own.meta(), own.scales)
+    assert (made.shape, made.dtype) == (own.queries.shape, own.queries.dtype)
 
 
 @interpreted

@@ -1,5 +1,6 @@
 """Routed experts on a Hopper against a loop over pairs in NumPy float64."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from pangu_jax.kernels import mosaic as mosaic_kernels
 from pangu_jax.kernels.experts import mix_experts, mosaic
 from pangu_jax.kernels.experts.grouped import grouped, summed
 from pangu_jax.kernels.experts.held import Experts
+from pangu_jax.precision import same_bits
 from pangu_jax.quant import weight
 from pangu_jax.quant.scheme import Scheme
 from tests.pangu_jax.kernels import hopper, oracle
@@ -19,6 +24,7 @@ from tests.pangu_jax.kernels import hopper, oracle
 pytestmark = hopper.needs_one
 
 KINDS = ("bfloat16", "weight-only bfloat16", "dynamic bfloat16")
+SLOW = pytest.mark.slow
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -64,7 +70,7 @@ def test_shapes(kind: str, seed: int, shape: tuple, pattern: str) -> None:
 
 @pytest.mark.parametrize("tokens", [8, 33, 200])
 def test_every_size_of_block(tokens: int) -> None:
-    """Of 16, 64 and 128 rows; the smallest is above."""
+    """Of 8, 64 and 128 rows; others are below."""
     arguments = oracle.experts("bfloat16", 0, tokens, 1, 1, 64, 64)
     sizes = {8: 8, 33: 64, 200: 128}
     assert mosaic._tile(arguments[1], 1)[0] == sizes[tokens]
@@ -120,6 +126,174 @@ def test_gradients(shape: tuple) -> None:
     for got, wanted in zip(found, gradients("blocks", *floats), strict=True):
         assert np.asarray(wanted).any()
         oracle.close(got, oracle.wide(wanted), 0.03)
+
+
+BLOCKS = [(9, 16, KINDS[1]), (20, 32, KINDS[0]), (140, 128, KINDS[2])]
+MORE_BLOCKS = [(n, size, kind) for n, size, own in BLOCKS for kind in KINDS if kind != own]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "kind"), [*BLOCKS, *(pytest.param(*b, marks=SLOW) for b in MORE_BLOCKS)]
+)
+def test_kinds_and_blocks(tokens: int, size: int, kind: str) -> None:
+    """Several blocks of each expert but one, several tiles of outputs, several steps of K."""
+    arguments = oracle.experts(kind, 1, tokens, 2, 2, 128, 256)
+    assert mosaic._tile(arguments[1], 2)[0] == size
+    check(arguments, run(*arguments))
+
+
+@oracle.kinds(KINDS[2:], KINDS[1:2])
+def test_numbers_that_are_none_of_int8(kind: str) -> None:
+    """Of a row they stay there; of scales of experts that nobody chose they are not seen."""
+    x, chosen, weights, *held = oracle.experts(kind, 0, 9, 2, 6, 64, 64)
+    chosen = chosen // 2 * 2  # 0, 2 and 4
+    wanted, size = oracle.mix_experts(x, chosen, weights, *held)
+    spoilt = [
+        dataclasses.replace(matrix, scale=matrix.scale.at[1::2].set(jnp.nan)) for matrix in held
+    ]
+    got = oracle.wide(run(x.at[4, 40].set(jnp.nan), chosen, weights, *spoilt))
+    bad = np.isnan(got)
+    np.testing.assert_array_equal(bad, np.broadcast_to(np.arange(9)[:, None] == 4, bad.shape))
+    others = np.arange(9) != 4
+    oracle.close(got[others], wanted[others], 0.03, size=size[others])
+
+
+def test_a_token_of_nobody_here_gets_zeros() -> None:
+    x, chosen, weights, *held = oracle.experts("bfloat16", 0, 9, 2, 3, 64, 64)
+    got = oracle.wide(run(x, chosen.at[2].set(3), weights, *held, among=6))
+    np.testing.assert_array_equal(got[2], 0)
+    assert np.delete(got, 2, 0).all()
+
+
+@oracle.kinds(KINDS[2:], KINDS[:2])
+def test_the_same_bits_alone(kind: str) -> None:
+    """A token's, where that is asked for, with two tokens or twenty."""
+    x, chosen, weights, *held = oracle.experts(kind, 0, 20, 2, 2, 64, 64)
+    assert mosaic._tile(chosen, 2)[0] == 32
+    with same_bits():
+        assert mosaic._tile(chosen, 2)[0] == mosaic._tile(chosen[-2:], 2)[0] == 8
+        whole = np.asarray(run(x, chosen, weights, *held))
+        few = np.asarray(run(x[-2:], chosen[-2:], weights[-2:], *held))
+    oracle.same(few, whole[-2:])
+
+
+def test_in_a_loop_over_layers() -> None:
+    x, chosen, weights, *_ = oracle.experts("bfloat16", 0, 5, 2, 4, 64, 64)
+    held = oracle.stack("bfloat16", 0, 3, 4, 64, 64)
+    step = lambda x, layer: (mix(x, chosen, weights, *held, layer=layer), x)
+    with hopper.here():
+        last, before = jax.jit(lambda x: lax.scan(step, x, jnp.arange(3)))(x)
+    for layer, made in enumerate([*before[1:], last]):
+        own = (np.asarray(leaf)[layer] for leaf in held)
+        check((before[layer], chosen, weights, *own), made)
+
+
+@SLOW
+def test_under_vmap() -> None:
+    cases = [oracle.experts("weight-only bfloat16", i, 5, 2, 3, 64, 64) for i in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
+    with hopper.here():
+        got = jax.jit(jax.vmap(mix))(*batch)
+    for row, own in zip(got, cases, strict=True):
+        check(own, row)
+
+
+@oracle.kinds(KINDS[1:2], KINDS[2:])
+def test_gradients_of_others_are_those_of_plain_xla(kind: str) -> None:
+    """Of rows and routing weights."""
+    x, chosen, weights, *held = oracle.experts(kind, 0, 9, 2, 3, 64, 64, "some elsewhere")
+
+    def gradients(implementation: str) -> Any:
+        def loss(x: Any, weights: Any) -> Any:
+            mixed = mix(x, chosen, weights, *held, implementation, 6)
+            return jnp.sin(mixed.astype(jnp.float32)).sum()
+
+        with hopper.here():
+            return jax.jit(jax.grad(loss, (0, 1)))(x, weights)
+
+    for got, wanted in zip(gradients("mosaic"), gradients("blocks"), strict=True):
+        assert np.asarray(wanted).any()
+        oracle.close(got, oracle.wide(wanted), 1e-5)
+
+
+@pytest.mark.parametrize("split", ["experts", "tokens"])
+def test_traced_over_devices(split: str) -> None:
+    """Values and gradients vary over the devices they should: nothing interprets several."""
+    arguments = oracle.experts("bfloat16", 0, 16, 2, 16, 64, 64)
+
+    def local(x: Any, chosen: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+        if split == "tokens":
+            return mix(x, chosen, weights, gate_up, down)
+        own = chosen - 2 * lax.axis_index("x")
+        own = jnp.where((own >= 0) & (own < 2), own, 2)
+        return lax.psum(mix(x, own, weights, gate_up, down, among=16), "x")
+
+    rows, held = (P("x"), P()) if split == "tokens" else (P(), P("x"))
+    specs = (rows, rows, rows, held, held)
+    over = jax.shard_map(local, mesh=oracle.mesh(), in_specs=specs, out_specs=rows)
+    loss = lambda *given: over(*given).astype(jnp.float32).sum()
+    with mosaic_kernels.compiled():
+        out = jax.eval_shape(over, *arguments)
+        made = jax.eval_shape(jax.grad(loss, (0, 2, 3, 4)), *arguments)
+    for grad, own in zip((out, *made), (*arguments[:1] * 2, *arguments[2:]), strict=True):
+        assert (grad.shape, grad.dtype) == (own.shape, own.dtype)
+
+
+PRODUCTS = {
+    "32 bytes": ("bfloat16", "bfloat16", 8, 64, 48, 64),
+    "no tiles of 128": ("bfloat16", "bfloat16", 16, 192, 96, 128),
+    "int8 weights": ("bfloat16", "int8", 8, 128, 96, 128),
+    "one step": ("bfloat16", "bfloat16", 24, 64, 64, 64),
+    "tiles of 128": ("bfloat16", "bfloat16", 128, 256, 192, 128),
+    "int8 weights, steps of 64": ("bfloat16", "int8", 64, 64, 320, 64),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*list(PRODUCTS)[:3], *(pytest.param(name, marks=SLOW) for name in list(PRODUCTS)[3:])]
+)
+def test_grouped_products(name: str) -> None:
+    """The last block is not used, and nothing of it or of its expert is a number."""
+    dtype, held, size, F, K, tile = PRODUCTS[name]
+    rows = oracle.activations(dtype, 0, 4, size, K).at[3].set(jnp.nan)
+    stack = oracle.array(np.random.default_rng(1).integers(-127, 128, (3, F, K)), held)
+    experts = np.array([1, 1, 0, 2])
+    if held == "bfloat16":
+        stack = stack.at[2].set(jnp.nan)
+    with hopper.here():
+        got = jax.jit(lambda r, s, e: grouped(r, s, e, jnp.int32(3), tile, 4))(
+            rows, stack, jnp.asarray(experts)
+        )
+    assert got.dtype == (dtype if held == dtype else "float32")
+    wanted = np.einsum("nsk,nfk->nsf", oracle.wide(rows)[:3], oracle.wide(stack)[experts[:3]])
+    oracle.close(got[:3], wanted, 2**-8 if held == dtype else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "K", "F"), [(64, 64, 128), pytest.param(128, 192, 64, marks=SLOW)]
+)
+def test_grouped_products_of_a_turned_stack(size: int, K: int, F: int) -> None:
+    rows = oracle.activations("bfloat16", 0, 3, size, K)
+    stack = oracle.matrix("bfloat16", 1, 2, K, F)
+    experts = np.array([1, 0, 99])
+    with hopper.here():
+        got = jax.jit(lambda r, s, e: grouped(r, s, e, jnp.int32(2), 128, 4, True))(
+            rows, stack, jnp.asarray(experts)
+        )
+    wanted = np.einsum("nsk,nkf->nsf", oracle.wide(rows)[:2], oracle.wide(stack)[experts[:2]])
+    oracle.close(got[:2], wanted, 2**-8)
+
+
+def test_no_blocks_are_used() -> None:
+    """Nothing is written then: the interpreter leaves NaN there, a card whatever was."""
+    rows = oracle.activations("bfloat16", 0, 2, 8, 64)
+    stack = oracle.matrix("bfloat16", 1, 1, 64, 64)
+    with hopper.here():
+        got = jax.jit(lambda r, s, e: grouped(r, s, e, jnp.int32(0), 64, 4))(
+            rows, stack, jnp.zeros(2, jnp.int32)
+        )
+    assert got.shape == (2, 8, 64)
+    assert hopper.ON_CARD or np.isnan(oracle.wide(got)).all()
 
 
 def test_where_it_is_taken() -> None:
