@@ -268,6 +268,7 @@ def piped(
     )
 
 
+@pytest.mark.slow
 def test_only_answers_on_stdout(scripted: Path, environment: dict[str, str]) -> None:
     lines = "Hi\n\n/think fast\nGrüße 你好\n/xyzzy\none\\\ntwo\n/reset\nlast, without a newline"
     done = piped(scripted, lines.encode(), environment)

@@ -178,6 +178,7 @@ def same(got: infer.Completion, wanted: infer.Completion) -> None:
     assert got.finish_reason == wanted.finish_reason
 
 
+@pytest.mark.slow
 def test_several_settings_in_one_batch(tiny: Pangu) -> None:
     """Each row is as alone: whatever the others ask for, their order, number and padding."""
     plain = Sampling(max_new_tokens=20, temperature=1.0, seed=7, ignore_eos=True)

@@ -274,7 +274,8 @@ def test_bfloat16_is_about_that_of_one_device(where: str) -> None:
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.97
 
 
-@pytest.mark.parametrize("where", ["fsdp", slow("h2p-8"), slow("fsdp-h2p-4x2"), slow("tp8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["fsdp", "h2p-8", "fsdp-h2p-4x2", "tp8"])
 def test_muon_is_that_of_one_device(where: str) -> None:
     """A matrix is made orthogonal as a whole, whatever parts of it lie where."""
     exact, _ = spied("moge", None)

@@ -81,7 +81,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 # --- what there is in the end
 
 
-@pytest.mark.parametrize("kind", ["dense", "moge"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moge", marks=pytest.mark.slow)])
 def test_what_a_run_leaves(kind: str, wholes: Callable[[str], Path]) -> None:
     whole = wholes(kind)
     lines = runs.metrics(whole)

@@ -205,7 +205,7 @@ def in_parts(parts: int, dtype: DTypeLike = "float32") -> tuple[dict[str, Any], 
     return state.optimizer, metrics
 
 
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_parts_have_the_loss_of_the_whole(parts: int) -> None:
     """Cross-entropy and z-loss are means of all targets, not of the parts' means."""
     _, whole = in_parts(1)

@@ -15,7 +15,8 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("name", ["nano", pytest.param("nano-moge", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano", "nano-moge"])
 def test_every_program_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infer.bench.bounds.BANDWIDTH_BYTES", 2**22)
     monkeypatch.setattr("infer.bench.bounds.FLOPS_SIDE", {"cpu": 64})

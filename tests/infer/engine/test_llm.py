@@ -28,6 +28,7 @@ PROMPTS = ["12+34=", [1, 5, 9], "Why?"]
 ASKED = Sampling(max_new_tokens=9, ignore_eos=True)
 
 
+@pytest.mark.slow
 def test_generate_is_generate(llm: LLM, folder: Path) -> None:
     tokenizer = llm.tokenizer
     assert tokenizer is not None

@@ -128,6 +128,7 @@ def values(found: Evaluation) -> set[tuple]:
     return {dataclasses.astuple(answer) for answer in found.answers}
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_order_matter(model, words, problems) -> None:
     usual = evaluation.evaluate(model, words, problems, MODES, batch=4, max_new_tokens=NEW)
     for batch in (1, 3, 64):
