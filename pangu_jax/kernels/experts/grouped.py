@@ -18,12 +18,11 @@ from pangu_jax.kernels import mosaic
 
 def grouped(
     rows: Shaped[Array, "n s K"],
-    stack: Shaped[Array, "E out in"],
+    stack: Shaped[Array, "E F K"],
     experts: Int[Array, " n"],
     used: Int[Array, ""],
     tile: int,
     loads: int,
-    turned: bool = False,
 ) -> Float[Array, "n s F"]:
     """rows[i] @ stack[experts[i]]^T for i < used; what follows is unspecified. Sums are float32.
 
@@ -32,16 +31,14 @@ def grouped(
 
     tile: outputs of one program
     loads: steps of K that are under way at once
-    turned: the stack is [E, K, F] (bf16 alone)
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as gpu
 
     n, s, K = rows.shape
-    F = stack.shape[2 if turned else 1]
+    F = stack.shape[1]
     tile = tile if F % tile == 0 else 64
-    step = mosaic.swizzled(K, rows.dtype)
-    step = step if turned else min(step, mosaic.swizzled(K, stack.dtype))
+    step = min(mosaic.swizzled(K, rows.dtype), mosaic.swizzled(K, stack.dtype))
     mixed, integers = stack.dtype != rows.dtype, rows.dtype == jnp.int8
     dtype = jnp.float32 if mixed or integers else rows.dtype
     # The left factor of a product can come from registers; an interpreter has it in memory.
@@ -58,8 +55,6 @@ def grouped(
                 floats[...] = weights
                 gpu.commit_smem()
                 weights = floats
-            if turned:
-                weights = weights.transpose((1, 0))
             gpu.wgmma(total, weights, rows.transpose((1, 0)))
             if mixed:
                 gpu.wgmma_wait(0)
@@ -69,12 +64,7 @@ def grouped(
             gpu.emit_pipeline(
                 functools.partial(multiply, total=total),
                 grid=(K // step,),
-                in_specs=[
-                    spec((step, tile), lambda k: (k, f))
-                    if turned
-                    else spec((tile, step), lambda k: (f, k)),
-                    spec((s, step), lambda k: (0, k)),
-                ],
+                in_specs=[spec((tile, step), lambda k: (f, k)), spec((s, step), lambda k: (0, k))],
                 max_concurrent_steps=max(2, min(loads, K // step)),
             )(stack.at[experts[i]], rows.at[i])
             return total[...]
@@ -95,59 +85,3 @@ def grouped(
     arguments = experts.astype(jnp.int32), used.astype(jnp.int32).reshape(1), rows, stack
     grid = {"block": n, "tile": F // tile}
     return mosaic.call(block, [((n, s, F), dtype)], arguments, grid, scratch)[0]
-
-
-def summed(
-    left: Float[Array, "n s F"],
-    right: Float[Array, "n s K"],
-    first: Int[Array, " E"],
-    count: Int[Array, " E"],
-    tile: int,
-    loads: int,
-) -> Float[Array, "E F K"]:
-    """sum_i left[i]^T @ right[i] over the blocks of each expert, `count` of them from `first` on:
-    the gradient of a stack. bf16, F and K multiples of 64, blocks of 64 rows or 128.
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as gpu
-
-    _, s, F = left.shape
-    K = right.shape[-1]
-    high, wide = (tile if size % tile == 0 else 64 for size in (F, K))
-
-    def expert(first: Any, count: Any, left: Any, right: Any, out: Any) -> None:
-        e, f, k = (lax.axis_index(name) for name in ("expert", "row", "column"))
-
-        def multiply(_: Any, left: Any, right: Any, *, total: Any) -> None:
-            gpu.wgmma(total, left.transpose((1, 0)), right)
-
-        def products(total: Any) -> Array:
-            spec = functools.partial(gpu.BlockSpec, delay_release=1)
-            start = first[e]
-            gpu.emit_pipeline(
-                functools.partial(multiply, total=total),
-                grid=(count[e],),
-                in_specs=[
-                    spec((None, s, high), lambda i: (start + i, 0, f)),
-                    spec((None, s, wide), lambda i: (start + i, 0, k)),
-                ],
-                max_concurrent_steps=max(2, loads * 64 // s),
-            )(left, right)
-            return total[...]
-
-        def store(tile: Any, *, total: Array) -> None:
-            tile[...] = total.astype(left.dtype)
-            gpu.commit_smem()
-            here = out.at[e, pl.ds(f * high, high), pl.ds(k * wide, wide)]
-            gpu.copy_smem_to_gmem(tile, here)
-            gpu.wait_smem_to_gmem(0)
-
-        sums = gpu.WGMMAAccumulatorRef((high, wide), jnp.float32)
-        total = pl.run_scoped(products, sums)
-        memory = gpu.SMEM((high, wide), left.dtype)
-        pl.run_scoped(functools.partial(store, total=total), memory)
-
-    E = first.shape[0]
-    grid = {"expert": E, "row": F // high, "column": K // wide}
-    arguments = first.astype(jnp.int32), count.astype(jnp.int32), left, right
-    return mosaic.call(expert, [((E, F, K), left.dtype)], arguments, grid, {})[0]

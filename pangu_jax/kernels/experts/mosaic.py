@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pangu_jax.kernels import mosaic
 from pangu_jax.kernels.experts.arranged import Arranged, arrange, combine, rows_of_pairs
-from pangu_jax.kernels.experts.grouped import grouped, summed
+from pangu_jax.kernels.experts.gradients import grouped_back, summed
+from pangu_jax.kernels.experts.grouped import grouped
 from pangu_jax.kernels.experts.held import Experts
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import wants_same_bits
@@ -48,9 +49,8 @@ def _can(matrix: Any, outputs: int) -> bool:
 
 
 def has_gradient(held: Experts) -> bool:
-    """Of its own: of float experts that are a layer's own, their widths in whole tiles."""
-    floats = not any(isinstance(x, Weight) for x in (held.gate_up, held.down))
-    return floats and held.layer is None and held.down.shape[-1] % 64 == 0
+    """Of its own: of float experts that are a layer's own."""
+    return held.layer is None and not any(isinstance(x, Weight) for x in (held.gate_up, held.down))
 
 
 def mix_experts(
@@ -91,9 +91,7 @@ def _backward(among: int | None, kept: Any, grad: Float[Array, "N D"]) -> tuple[
     size, tile, loads = max(_tile(experts, among or held.count), TILES[64])
     own = arrange(experts, held.count, size)
     flat = held.gate_up.reshape(held.count, -1, x.shape[1])
-    product = lambda rows, stack, turned: grouped(
-        rows, stack, own.experts, own.used, tile, loads, turned
-    )
+    back = lambda rows, stack: grouped_back(rows, stack, own.experts, own.used, loads)
     shares = (
         jnp.zeros(own.tokens.size, jnp.float32)
         .at[own.rows]
@@ -102,20 +100,21 @@ def _backward(among: int | None, kept: Any, grad: Float[Array, "N D"]) -> tuple[
     shares = shares.reshape(*own.tokens.shape, 1)  # of each row, 0 where there is no pair
     rows, grads = x[own.tokens], grad[own.tokens]
 
-    inner, back = jax.vjp(_gated, product(rows, flat, False))
-    to_inner = product(grads, held.down, True).astype(jnp.float32)  # but for the share
+    projected = grouped(rows, flat, own.experts, own.used, tile, loads)
+    inner, to_gated = jax.vjp(_gated, projected)
+    to_inner = back(grads, held.down).astype(jnp.float32)  # but for the share
     of_rows = (to_inner * inner.astype(jnp.float32)).sum(-1)
     to_weights = of_rows.reshape(-1).at[own.rows].get(mode="fill", fill_value=0)
-    (to_projected,) = back((to_inner * shares).astype(x.dtype))
-    to_pairs = rows_of_pairs(product(to_projected, flat, True), own)
+    (to_projected,) = to_gated((to_inner * shares).astype(x.dtype))
+    to_pairs = rows_of_pairs(back(to_projected, flat), own)
     to_x = to_pairs.sum(1, dtype=jnp.float32).astype(x.dtype)
 
     shared = (grads.astype(jnp.float32) * shares).astype(x.dtype)
     holds = (jnp.arange(own.experts.size) < own.used).astype(jnp.int32)
     count = jnp.zeros(held.count, jnp.int32).at[own.experts].add(holds)
     first = jnp.cumsum(count) - count
-    to_gate_up = summed(to_projected, rows, first, count, tile, loads)
-    to_down = summed(shared, inner, first, count, tile, loads)
+    to_gate_up = summed(to_projected, rows, first, count, loads)
+    to_down = summed(shared, inner, first, count, loads)
     to_held = unchecked(
         Experts, gate_up=to_gate_up.reshape(held.gate_up.shape), down=to_down, layer=None
     )
