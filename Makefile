@@ -32,7 +32,7 @@ check: $(READY)  ## lint, formatting, types, and the layering of the packages
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 bench-gpu:  ## an NVIDIA GPU: its kernels tested, and they and whole models measured (minutes; PYTHON has JAX for CUDA)
-	$(GPU) PANGU_JAX_MOSAIC=1 $(PYTHON) -m pytest -q tests/pangu_jax/kernels/test_mosaic_experts.py tests/pangu_jax/kernels/test_mosaic_attention.py
+	$(GPU) $(PYTHON) -m pytest -q tests/pangu_jax/kernels/test_mosaic_experts.py tests/pangu_jax/kernels/test_mosaic_attention.py
 	$(GPU) PANGU_JAX_MOSAIC=1 $(PYTHON) -m infer.bench.gpu operations $(ARGS)
 	for kernels in 0 1; do $(GPU) PANGU_JAX_MOSAIC=$$kernels $(PYTHON) -m infer.bench.gpu models $(ARGS) || exit; done
 

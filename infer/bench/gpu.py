@@ -210,16 +210,21 @@ def model_rows(
     name: str, config: ModelConfig, recipe: str | None, batches: Sequence[int], context: int
 ) -> Iterator[list[str]]:
     """The engine with a whole model; a quantised one has an int8 cache."""
-    key = jax.random.key(0)
-    model = build.init(config, key, dtype="bfloat16", recipe=recipe or FLOAT)
+    what, key = f"{name}, {recipe or 'bf16'}", jax.random.key(0)
+    try:
+        model = build.init(config, key, dtype="bfloat16", recipe=recipe or FLOAT)
+        model = jax.block_until_ready(model)
+    except jax.errors.JaxRuntimeError as error:  # no memory for it
+        yield [what, "", str(error).splitlines()[0], ""]
+        return
     if recipe is not None:
         model = build.with_cache(model, "int8")
     for batch in batches:
-        head = [f"{name}, {recipe or 'bf16'}", f"{batch} x {context}"]
+        head = [what, f"{batch} x {context}"]
         try:
             prefill, decode = _served(model, batch, context)
-        except ConfigError as error:
-            yield [*head, str(error), ""]
+        except (ConfigError, jax.errors.JaxRuntimeError) as error:
+            yield [*head, str(error).splitlines()[0], ""]
         else:
             yield [*head, f"{prefill:,.0f}", f"{decode:,.0f}"]
 

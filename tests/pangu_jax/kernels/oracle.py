@@ -166,6 +166,9 @@ def same(got: Any, wanted: Any, what: Any = "") -> None:
     np.testing.assert_array_equal(*bits, err_msg=str(what))
 
 
-def mesh(devices: int = 8) -> Mesh:
+DEVICES = 8
+
+
+def mesh(devices: int = DEVICES) -> Mesh:
     """One axis, "x"."""
     return jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))

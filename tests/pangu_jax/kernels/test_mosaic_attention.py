@@ -229,6 +229,7 @@ def test_token_by_token_in_a_loop() -> None:
 
 
 @interpreted
+@hopper.several_devices
 @pytest.mark.parametrize(
     ("split", "kind"),
     [("heads", KINDS[2]), ("heads of pages", KINDS[1]), ("rows", KINDS[0])],

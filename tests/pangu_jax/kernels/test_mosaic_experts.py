@@ -217,6 +217,7 @@ def test_gradients_of_others_are_those_of_plain_xla(kind: str) -> None:
         oracle.close(got, oracle.wide(wanted), 1e-5)
 
 
+@hopper.several_devices
 @pytest.mark.parametrize("split", ["experts", "tokens"])
 def test_traced_over_devices(split: str) -> None:
     """Values and gradients vary over the devices they should: nothing interprets several."""
