@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jaxtyping import Array
 
+from pangu_jax.kernels import mosaic
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32
 
@@ -49,8 +50,6 @@ def choose(
 
 
 def _there(run: Callable[..., Array], platform: str, plain: Callable[..., Array]) -> Callable:
-    from pangu_jax.kernels import mosaic
-
     if platform == "cuda" and mosaic.is_interpreted():
         return run
     own = {platform: run}
