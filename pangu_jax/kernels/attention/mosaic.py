@@ -95,7 +95,7 @@ def _kernel(
     page = cache.keys.shape[-2]
     kept = [*map(_numbers, (cache.keys, cache.values)), *_scales(cache)]
     scaled = len(kept) > 2
-    program = functools.partial(_program, page=page, rows=rows, parts=parts, scaled=scaled, width=H)
+    program = functools.partial(_program, page=page, rows=rows, parts=parts, width=H)
     dtype = queries.dtype if parts == 1 else jnp.float32
     mixed, sums = mosaic.call(
         program,
@@ -156,7 +156,6 @@ def _program(
     page: int,
     rows: int,
     parts: int,
-    scaled: bool,
     width: int,
     **memory: Any,
 ) -> None:
@@ -175,7 +174,7 @@ def _program(
     def load(j: Array) -> None:
         slot = (j - first) % LOADS
         here = pages[r, j * SLOTS // page], k, pl.ds(j * SLOTS % page, SLOTS)
-        into = [memory["keys_in"], memory["values_in"], *memory.get("scales_in", ())]
+        into = [memory["keys_in"], memory["values_in"], *_scales_in(memory)]
         for pool, own in zip((keys, values, *scales), into, strict=True):
             gpu.copy_gmem_to_smem(pool.at[here], own.at[slot], memory["loaded"].at[slot])
 
@@ -186,67 +185,96 @@ def _program(
     for ahead in range(LOADS):
         pl.when(first + ahead < last)(functools.partial(load, first + ahead))
     gpu.barrier_wait(begun)
-    of_rows, whole = gpu.Layout.WGMMA.reduce(1), gpu.Layout.WGMMA
-    at = gpu.layout_cast(memory["at_in"][...], of_rows)
+    at = gpu.layout_cast(memory["at_in"][...], gpu.Layout.WGMMA.reduce(1))
 
-    def step(j: Array, carry: tuple) -> tuple:
-        mixed, highest, total = carry
+    def step(j: Array, sums: tuple) -> tuple:
         slot = (j - first) % LOADS
         gpu.barrier_wait(memory["loaded"].at[slot])
-        own_keys, own_values = _floats(memory, slot, length - j * SLOTS)
-
-        def products(scores: Any) -> Array:
-            gpu.wgmma(scores, memory["queries_in"], own_keys.transpose((1, 0)))
-            return scores[...]
-
-        scores = (
-            pl.run_scoped(products, gpu.WGMMAAccumulatorRef((QUERIES, SLOTS), jnp.float32))
-            * width**-0.5
-        )
-        slots = gpu.broadcasted_iota(jnp.int32, (QUERIES, SLOTS), 1, layout=whole) + j * SLOTS
-        across = lambda x: lax.broadcast_in_dim(x, (QUERIES, SLOTS), [0])
-        along = lambda x: lax.broadcast_in_dim(x, (QUERIES, SLOTS), [1])
-        of_slot = lambda which: memory["scales_in"][which][slot]
-        if scaled:
-            scores = scores * along(of_slot(0))
-        seen = slots <= across(at)
-        scores = jnp.where(seen, scores, HIDDEN)
-        higher = jnp.maximum(highest, scores.max(axis=1))
-        weights = jnp.exp(scores - across(higher))
-        before = jnp.exp(highest - higher)
-        total = total * before + weights.sum(axis=1)
-        if scaled:  # a slot that is not seen may hold no number
-            weights = jnp.where(seen, weights * along(of_slot(1)), 0)
-        weights = weights.astype(memory["queries_in"].dtype)
-        if "weights_in" in memory:
-            memory["weights_in"][...] = weights
-            gpu.commit_smem()
-            weights = memory["weights_in"]
-
-        def sums(added: Any) -> Array:
-            gpu.wgmma(added, weights, own_values)
-            return added[...]
-
-        added = pl.run_scoped(sums, gpu.WGMMAAccumulatorRef((QUERIES, width), jnp.float32))
-        mixed = mixed * lax.broadcast_in_dim(before, mixed.shape, [0]) + added
+        sums = _add_block(memory, slot, at - j * SLOTS, length - j * SLOTS, sums)
         pl.when(j + LOADS < last)(functools.partial(load, j + LOADS))
-        return mixed, higher, total
+        return sums
 
+    _finish(memory, lax.fori_loop(first, last, step, _no_sums(width)), mixed_out.dtype)
+    for made, into in (("mixed_out", mixed_out), ("sums_out", sums_out)):
+        gpu.copy_smem_to_gmem(memory[made].at[pl.ds(0, rows)], into.at[part, r, k, own])
+    gpu.wait_smem_to_gmem(0)
+
+
+def _no_sums(width: int) -> tuple[Array, Array, Array]:
+    """Of each query, of no slots: values times weights, the highest score, the weights."""
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    whole, of_rows = gpu.Layout.WGMMA, gpu.Layout.WGMMA.reduce(1)
     cast = lambda shape, value, layout: gpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-    start = (
+    return (
         cast((QUERIES, width), 0, whole),
         cast((QUERIES,), HIDDEN, of_rows),
         cast((QUERIES,), 0, of_rows),
     )
-    mixed, highest, total = lax.fori_loop(first, last, step, start)
+
+
+def _add_block(memory: dict[str, Any], slot: Array, at: Array, left: Array, sums: tuple) -> tuple:
+    """The sums with a block's slots, which lie in `slot` of the memory.
+
+    at: the last slot of the block that each query sees
+    left: slots of the block that are the row's own
+    """
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    mixed, highest, total = sums
+    queries, width = memory["queries_in"], mixed.shape[1]
+    keys, values = _floats(memory, slot, left)
+    across = lambda x: lax.broadcast_in_dim(x, (QUERIES, SLOTS), [0])
+    scales = [lax.broadcast_in_dim(own[slot], (QUERIES, SLOTS), [1]) for own in _scales_in(memory)]
+
+    scores = _product(queries, keys.transpose((1, 0)), (QUERIES, SLOTS)) * width**-0.5
+    if scales:
+        scores = scores * scales[0]
+    slots = gpu.broadcasted_iota(jnp.int32, (QUERIES, SLOTS), 1, layout=gpu.Layout.WGMMA)
+    seen = slots <= across(at)
+    scores = jnp.where(seen, scores, HIDDEN)
+    higher = jnp.maximum(highest, scores.max(axis=1))
+    weights = jnp.exp(scores - across(higher))
+    before = jnp.exp(highest - higher)
+    total = total * before + weights.sum(axis=1)
+    if scales:  # a slot that is not seen may hold no number
+        weights = jnp.where(seen, weights * scales[1], 0)
+    weights = weights.astype(queries.dtype)
+    if "weights_in" in memory:
+        memory["weights_in"][...] = weights
+        gpu.commit_smem()
+        weights = memory["weights_in"]
+    added = _product(weights, values, (QUERIES, width))
+    return mixed * lax.broadcast_in_dim(before, mixed.shape, [0]) + added, higher, total
+
+
+def _scales_in(memory: dict[str, Any]) -> list[Any]:
+    """Of keys and of values; none where slots have no scale of their own."""
+    return memory.get("scales_in", [])
+
+
+def _product(left: Any, right: Any, shape: tuple[int, int]) -> Array:
+    """left @ right on the tensor core."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    def sums(total: Any) -> Array:
+        gpu.wgmma(total, left, right)
+        return total[...]
+
+    return pl.run_scoped(sums, gpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _finish(memory: dict[str, Any], sums: tuple, dtype: Any) -> None:
+    """Means, and the logarithm of the weights' sum by which parts are put together."""
+    from jax.experimental.pallas import mosaic_gpu as gpu
+
+    mixed, highest, total = sums
     divisor = jnp.where(total > 0, total, 1)
     mixed = mixed / lax.broadcast_in_dim(divisor, mixed.shape, [0])
-    memory["mixed_out"][...] = mixed.astype(mixed_out.dtype)
+    memory["mixed_out"][...] = mixed.astype(dtype)
     memory["sums_out"][...] = jnp.where(total > 0, highest + jnp.log(divisor), HIDDEN)
     gpu.commit_smem()
-    for made, into in (("mixed_out", mixed_out), ("sums_out", sums_out)):
-        gpu.copy_smem_to_gmem(memory[made].at[pl.ds(0, rows)], into.at[part, r, k, own])
-    gpu.wait_smem_to_gmem(0)
 
 
 def _floats(memory: dict[str, Any], slot: Array, left: Array) -> tuple[Any, Any]:
