@@ -2,20 +2,22 @@
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer import generation
 from infer.bench import bounds
+from infer.generation import Decoding
 from infer.sampling import Sampling
 from pangu_jax.config import ModelConfig
 from pangu_jax.model import Pangu
 
-# A program: the tokens that follow prompts [B, T], chosen greedily, so many for each.
-Program = Callable[[np.ndarray, int], np.ndarray]
+# A program: the tokens that follow prompts [B, T], chosen greedily, so many for each. It calls when
+# the first of each is there.
+Program = Callable[[np.ndarray, int, Callable[[], None]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,16 @@ class Side:
     step_bytes: int
 
 
-def ours(model: Pangu) -> Program:
-    """`infer.generate`."""
+def ours(model: Pangu, each: int | None = None) -> Program:
+    """`infer.generate`, `each` tokens a dispatch (else as many as it takes)."""
 
-    def run(prompts: np.ndarray, tokens: int) -> np.ndarray:
-        found = generation.generate(model, prompts, Sampling(tokens, ignore_eos=True))
-        return np.array([completion.token_ids for completion in found])
+    def run(prompts: np.ndarray, tokens: int, first: Callable[[], None]) -> np.ndarray:
+        decoding = Decoding(model, prompts, Sampling(tokens, ignore_eos=True))
+        decoding.step()
+        first()
+        while decoding.alive:
+            decoding.step(each)
+        return np.array([row.completion.token_ids for row in decoding.rows])
 
     return run
 
@@ -78,54 +84,53 @@ def measure(
     batch: int,
     repeats: int,
 ) -> Result:
-    """Times `repeats` prefills and decodes of each, one after the other."""
+    """Times `repeats` generations of each, one after the other."""
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, prompt))
     device = jax.devices()[0]
     bandwidth, flops = bounds.bandwidth_probe(), bounds.flops_probe(dtype, device.platform)
-    chosen = {}
-    for side in sides:
-        side.run(prompts, 1)
-        chosen[side.name] = side.run(prompts, tokens)
+    chosen = {side.name: side.run(prompts, tokens, lambda: None) for side in sides}
     bandwidth()
     flops()
-    times: dict[str, tuple[list[float], list[float]]] = {side.name: ([], []) for side in sides}
+    times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     gb, tflops = [], []
     for _ in range(repeats):
         for side in sides:
-            prefills, wholes = times[side.name]
-            prefills.append(bounds.seconds(lambda side=side: side.run(prompts, 1)))
-            wholes.append(bounds.seconds(lambda side=side: side.run(prompts, tokens)))
+            times[side.name].append(_timed(side.run, prompts, tokens))
         gb.append(bandwidth())
         tflops.append(flops())
     shape = prompt, tokens, batch
-    speeds = [_speed(side, shape, *times[side.name], chosen, sides[0]) for side in sides]
+    speeds = [_speed(side, shape, times[side.name], chosen, sides[0]) for side in sides]
     work = bounds.prefill_flops(config, prompt, batch)
     return Result(device.device_kind, prompt, batch, tokens, work, max(tflops), max(gb), speeds)
+
+
+def _timed(run: Program, prompts: np.ndarray, tokens: int) -> tuple[float, float]:
+    """Seconds to the first tokens, and from there to the last."""
+    marks = [time.perf_counter()]
+    run(prompts, tokens, lambda: marks.append(time.perf_counter()))
+    start, first = marks
+    return first - start, time.perf_counter() - first
 
 
 def _speed(
     side: Side,
     shape: tuple[int, int, int],
-    prefills: list[float],
-    wholes: list[float],
+    times: list[tuple[float, float]],
     chosen: Mapping[str, np.ndarray],
     first: Side,
 ) -> Speed:
-    """Decoding is what a whole generation takes beyond the median prefill: the two of one turn may
-    fall into different moods of a shared machine.
-    """
     prompt, tokens, batch = shape
     middle = statistics.median
     spread = lambda values: (max(values) - min(values)) / middle(values)
-    decodes = [(whole - middle(prefills)) / (tokens - 1) for whole in wholes]
-    fastest = (min(wholes) - min(prefills)) / (tokens - 1)
+    prefills = [prefill for prefill, _ in times]
+    decodes = [decode / (tokens - 1) for _, decode in times]
     return Speed(
         program=side.name,
         prefill_tokens_per_s=batch * prompt / middle(prefills),
         prefill_fastest=batch * prompt / min(prefills),
         prefill_spread=spread(prefills),
         decode_tokens_per_s=batch / middle(decodes),
-        decode_fastest=batch / fastest,
+        decode_fastest=batch / min(decodes),
         decode_spread=spread(decodes),
         decode_gb_per_s=side.step_bytes / middle(decodes) / 1e9,
         same_tokens=float(np.mean(chosen[side.name] == chosen[first.name])),

@@ -6,6 +6,8 @@ code has them. This is the only module of infer that needs torch and Transformer
 installs.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
@@ -40,9 +42,17 @@ def _program(peer: nn.Module) -> Program:
     on_gpu = torch.cuda.is_available()
     peer = peer.to("cuda") if on_gpu else peer
 
-    def run(prompts: np.ndarray, tokens: int) -> np.ndarray:
+    def run(prompts: np.ndarray, tokens: int, first: Callable[[], None]) -> np.ndarray:
         given = torch.tensor(prompts, device="cuda" if on_gpu else "cpu")
         options = {"cache_implementation": "static"} if on_gpu else {}
+
+        def told(held: Tensor, *_: object, **__: object) -> Tensor:  # after every token
+            if held.shape[1] == prompts.shape[1] + 1:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                first()
+            return torch.zeros(len(held), dtype=torch.bool, device=held.device)
+
         with torch.no_grad():
             found = peer.generate(
                 given,
@@ -50,6 +60,7 @@ def _program(peer: nn.Module) -> Program:
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
                 do_sample=False,
+                stopping_criteria=transformers.StoppingCriteriaList([told]),
                 **options,
             )
         return found[:, prompts.shape[1] :].cpu().numpy()

@@ -10,7 +10,17 @@ from pangu_jax import config as configs
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.errors import ConfigError
 
-PRESETS = ["nano", "nano-moge", "mini", "mini-moge", "embedded-1b", "embedded-7b", "pro-moe-72b"]
+PRESETS = [
+    "nano",
+    "nano-moge",
+    "mini",
+    "mini-moge",
+    "small",
+    "small-moge",
+    "embedded-1b",
+    "embedded-7b",
+    "pro-moe-72b",
+]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pangu_jax
@@ -52,6 +55,26 @@ def test_a_small_run_prints_numbers(capsys, monkeypatch: pytest.MonkeyPatch) -> 
     assert speed["same_tokens"] == 1
     again = measure.Result(**result, speeds=[measure.Speed(**speed)])
     assert "| decode, 1 at a time |" in measure.table(again)
+
+
+def test_prefill_and_decode_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "BANDWIDTH_BYTES", 2**22)
+    monkeypatch.setattr(bounds, "FLOPS_SIDE", {"cpu": 64})
+
+    def slow(prompts: np.ndarray, tokens: int, first: Callable[[], None]) -> np.ndarray:
+        time.sleep(0.4)
+        first()
+        time.sleep(0.01 * (tokens - 1))
+        return np.zeros((len(prompts), tokens))
+
+    sides = [measure.Side("slow", slow, 10**9)]
+    config, dtype = pangu_jax.preset("nano"), jnp.dtype("float32")
+    (speed,) = measure.measure(config, dtype, sides, 8, 11, 2, 3).speeds
+    assert 0 < speed.prefill_tokens_per_s <= 2 * 8 / 0.4
+    assert 0 < speed.decode_tokens_per_s <= 2 / 0.01
+    assert 0 < speed.decode_gb_per_s <= 1 / 0.01
+    assert speed.prefill_fastest >= speed.prefill_tokens_per_s
+    assert speed.decode_fastest >= speed.decode_tokens_per_s
 
 
 @pytest.mark.parametrize(

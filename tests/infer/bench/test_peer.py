@@ -1,5 +1,7 @@
 """The same weights in PyTorch: an implementation that shares no code with ours."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ def test_a_peer_chooses_our_tokens(name: str, dtype: str) -> None:
 
     model = pangu_jax.init(pangu_jax.preset(name), jax.random.key(0), dtype=dtype)
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 11))
-    own = measure.ours(model)(prompts, 12)
+    own = measure.ours(model)(prompts, 12, lambda: None)
     found = peer.programs(model)
     assert len(found) == (1 if model.config.moge is None else 2)
     for run in found.values():
-        theirs = run(prompts, 12)
+        calls = []
+        theirs = run(prompts, 12, functools.partial(calls.append, 1))
+        assert calls == [1]
         assert theirs.shape == own.shape
         if dtype == "float32":
             np.testing.assert_array_equal(theirs, own)
