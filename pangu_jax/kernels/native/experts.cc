@@ -45,7 +45,7 @@ struct Pairs {
   int64_t count(int64_t e) const { return begin[e + 1] - begin[e]; }
 };
 
-// Rows as a kind of matrix wants its factors: floats as they are, or int8 with a scale each.
+// Rows as a kind of matrix wants its factors: float32, bf16, or int8 with a scale each.
 template <class W>
 struct Factors {
   std::vector<typename W::X> rows;
@@ -53,10 +53,13 @@ struct Factors {
 
   Factors(int64_t count, int64_t width) : rows(count * width), scale(count, 1.0f) {}
   void set(int64_t at, const float* from, int64_t width) {
+    auto* to = rows.data() + at * width;
     if constexpr (std::is_same_v<typename W::X, float>) {
-      std::copy(from, from + width, rows.data() + at * width);
+      std::copy(from, from + width, to);
+    } else if constexpr (std::is_same_v<typename W::X, uint16_t>) {
+      for (int64_t i = 0; i < width; ++i) to[i] = BF16::rounded(from[i]);
     } else {
-      scale[at] = round_row(from, width, rows.data() + at * width);
+      scale[at] = round_row(from, width, to);
     }
   }
 };
@@ -130,6 +133,7 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   std::vector<float> copy, y(s.N * s.D);
   const float* floats = floats_of(x, copy);
 
+  const bool half = x.element_type() == ffi::BF16;
   const auto run = [&](auto kind) {
     using W = decltype(kind);
     const auto of = [&](ffi::AnyBuffer& numbers, ffi::Buffer<ffi::F32>& scale, int64_t rows,
@@ -145,8 +149,11 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if (pairs.count()) {
     switch (down.element_type()) {
       case ffi::F32: run(F32{}); break;
-      case ffi::BF16: run(BF16{}); break;
-      case ffi::S8: integers ? run(I8xI8{}) : run(I8{}); break;
+      case ffi::BF16: run(BF16xBF16{}); break;
+      case ffi::S8:
+        if (integers) run(I8xI8{});
+        else half ? run(I8xBF16{}) : run(I8{});
+        break;
       default: return ffi::Error::InvalidArgument("no such matrix");
     }
   }

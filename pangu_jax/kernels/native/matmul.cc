@@ -31,10 +31,10 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
                   ffi::Buffer<ffi::F32> scale, bool integers, ffi::Result<ffi::AnyBuffer> y) {
   const Shape s{x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]};
   const Output out(*y);
-  std::vector<float> copy;
-  const float* floats = floats_of(x, copy);
   const float* worth = scale.typed_data();
   if (integers) {
+    std::vector<float> copy;
+    const float* floats = floats_of(x, copy);
     std::vector<int16_t> numbers(s.N * s.D);
     std::vector<float> scales(s.N);
     for (int64_t n = 0; n < s.N; ++n)
@@ -44,12 +44,18 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     });
     return ffi::Error::Success();
   }
+  const auto run = [&](auto kind, const auto& put) {
+    using W = decltype(kind);
+    std::vector<typename W::X> copy;
+    multiply<W>(pool, s, w.untyped_data(), rows_of(x, copy), put);
+  };
   const auto plain = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum); };
   const auto scaled = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum * worth[e]); };
+  const bool half = x.element_type() == ffi::BF16;
   switch (w.element_type()) {
-    case ffi::F32: multiply<F32>(pool, s, w.untyped_data(), floats, plain); break;
-    case ffi::BF16: multiply<BF16>(pool, s, w.untyped_data(), floats, plain); break;
-    case ffi::S8: multiply<I8>(pool, s, w.untyped_data(), floats, scaled); break;
+    case ffi::F32: run(F32{}, plain); break;
+    case ffi::BF16: run(BF16xBF16{}, plain); break;
+    case ffi::S8: half ? run(I8xBF16{}, scaled) : run(I8{}, scaled); break;
     default: return ffi::Error::InvalidArgument("no such matrix");
   }
   return ffi::Error::Success();

@@ -20,6 +20,14 @@ inline const float* floats_of(const ffi::AnyBuffer& buffer, std::vector<float>& 
   return copy.data();
 }
 
+// The rows of a buffer as a kind of matrix wants its factors.
+inline const float* rows_of(const ffi::AnyBuffer& buffer, std::vector<float>& copy) {
+  return floats_of(buffer, copy);
+}
+inline const uint16_t* rows_of(const ffi::AnyBuffer& buffer, std::vector<uint16_t>&) {
+  return reinterpret_cast<const uint16_t*>(buffer.untyped_data());  // bf16
+}
+
 // Writes float32 results to a float32 or bf16 buffer.
 class Output {
  public:
