@@ -50,10 +50,7 @@ def _product(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
     plain = lambda x, weight: _xla(x, weight, dtype)
     if not _kernel_can(x, weight, dtype):
         return plain(x, weight)
-    integers = weight.scheme.activations == "dynamic"
-    kernel = lambda x, weight: scaled_matmul(
-        x, weight.numbers, weight.scale[:, 0], dtype, integers=integers
-    )
+    kernel = lambda x, weight: scaled_matmul(x, weight, dtype)
     return lax.platform_dependent(x, weight, cpu=kernel, default=plain)
 
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from pangu_jax.kernels import native
 from pangu_jax.kernels.matmul import xla
 from pangu_jax.kernels.native import matrices
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
+from pangu_jax.quant.weight import Weight
 
 Implementation = Literal["xla", "native"]
 
@@ -74,17 +75,14 @@ def _best_jvp(dtype: jnp.dtype, forced: bool, primals: tuple, tangents: tuple) -
         return _best(x, weight, dtype, forced), tangent
 
 
-def scaled_matmul(
-    x: Float[Array, "N D"],
-    numbers: Int8[Array, "E D"],
-    scale: Float[Array, " E"],
-    dtype: DTypeLike,
-    *,
-    integers: bool,
-) -> Float[Array, "N E"]:
-    """(x @ numbers^T) * scale on CPU, by the kernel; no gradient.
+def scaled_matmul(x: Float[Array, "N D"], weight: Weight, dtype: DTypeLike) -> Float[Array, "N E"]:
+    """x @ weight^T of a quantised matrix [E, D] on CPU, by the kernel; no gradient.
 
-    integers: x is rounded to int8 first, with a scale for each row, as `quant.rows.quantize` does
+    With dynamic activations x is rounded to int8 first, with a scale for each row, as
+    `quant.rows.quantize` does. The numbers of int4 times their scale are rounded to bf16 where x is
+    bf16 and the processor multiplies it.
     """
-    shape = x.shape[0], numbers.shape[0]
+    shape = x.shape[0], weight.shape[0]
+    integers = weight.scheme.activations == "dynamic"
+    numbers, scale = weight.numbers, weight.scale
     return native.call("pangu_matmul", shape, dtype, x, numbers, scale, integers=integers)

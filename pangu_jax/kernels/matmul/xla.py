@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from pangu_jax.precision import wants_same_bits
 
-# XLA for CPU makes a float32 copy of a bf16 weight for a single row; for more, before JAX 0.11, unless
-# the result is float32 (and the processor multiplies bf16).
+# XLA for CPU makes a float32 copy of a bf16 weight for a single row; for more, before JAX 0.11,
+# unless the result is float32 (and the processor multiplies bf16).
 BF16_RESULTS = jax.__version_info__ >= (0, 11)
 
 # Few float32 rows on CPU are multiplied as columns, up to this many (measured; docs/benchmarks.md).

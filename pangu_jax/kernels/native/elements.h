@@ -1,7 +1,8 @@
 // What a matrix may be made of. Each kind says how it lies in memory (`type`), what the other factor
 // is (`X`), what sums are kept in while a row is multiplied (`Lanes`, `kStep` numbers at a time), and
 // what comes out (`Sum`). float32, bf16 and int8 are widened, exactly, and summed in float32; int8 x
-// int8 is summed exactly in int32 (D < 2^17). For many rows a matrix is taken to the kind `Unpacked`
+// int8 is summed exactly in int32 (D < 2^17). int4 is scaled in float32, and rounded to the other
+// factor's dtype, before it is multiplied. For many rows a matrix is taken to the kind `Unpacked`
 // first, whose products are the same to the last bit.
 #pragma once
 
@@ -11,7 +12,14 @@
 
 namespace pangu {
 
+// Rows of a matrix, from some row on: a pointer, but for int4 (below).
+template <class T>
+inline const T* from_row(const T* rows, int64_t row, int64_t D) {
+  return rows + row * D;
+}
+
 struct OfFloats {
+  static constexpr bool kGrouped = false;
   using X = float;
   using Sum = float;
   using Lanes = Floats;
@@ -75,6 +83,7 @@ struct I8 : OfFloats {
 // Where both factors can be multiplied as bf16: two products are added to a float32 at a time.
 #if defined(__AVX512BF16__)
 struct OfBF16 {
+  static constexpr bool kGrouped = false;
   using X = uint16_t;
   using Sum = float;
   using Lanes = Floats;
@@ -110,8 +119,97 @@ using BF16xBF16 = BF16;
 using I8xBF16 = I8;
 #endif
 
+// int4: two numbers plus 8 in a byte, the first in the low half, and a scale for each `group` of them.
+struct Int4Rows {
+  const uint8_t* numbers;
+  const float* scale;
+  int64_t group;
+};
+
+inline Int4Rows from_row(const Int4Rows& rows, int64_t row, int64_t D) {
+  return {rows.numbers + row * D / 2, rows.scale + row * (D / rows.group), rows.group};
+}
+
+struct I4 : OfFloats {
+  static constexpr bool kGrouped = true;
+  using type = uint8_t;
+  using Unpacked = F32;
+#if defined(__AVX512F__)
+  // What the 16 numbers are worth in a group.
+  using Table = __m512;
+  static Table table(float scale) {
+    const __m512i levels = _mm512_setr_epi32(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_cvtepi32_ps(levels) * _mm512_set1_ps(scale);
+  }
+  static Lanes load(const type* from, Table table) {
+    const __m512i index = _mm512_cvtepu8_epi32(in_order(_mm_loadl_epi64((const __m128i*)from)));
+    return bits<Floats>(_mm512_permutexvar_ps(index, table));
+  }
+#elif defined(__AVX2__)
+  using Table = Floats;
+  static Table table(float scale) { return splat(scale); }
+  static Lanes load(const type* from, Table table) {
+    const __m128i numbers = in_order(_mm_cvtsi32_si128(bits<int32_t>(vector_at<Four>(from))));
+    const __m128i signed_ = _mm_sub_epi8(numbers, _mm_set1_epi8(8));
+    return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(signed_))) * table;
+  }
+  typedef uint8_t Four __attribute__((vector_size(4)));
+#else
+  using Table = Floats;
+  static Table table(float scale) { return splat(scale); }
+  static Lanes load(const type* from, Table table) {
+    Lanes numbers;
+    for (int i = 0; i < kLanes; ++i) numbers[i] = float(number(from, i));
+    return numbers * table;
+  }
+#endif
+#if defined(__AVX2__)
+  // Bytes of two numbers to a byte for each.
+  static __m128i in_order(__m128i pairs) {
+    const __m128i wide = _mm_cvtepu8_epi16(pairs);
+    return _mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi16(0x0f0f));
+  }
+#endif
+  static void store(Lanes numbers, float* to) { std::memcpy(to, &numbers, sizeof numbers); }
+  static int number(const type* from, int64_t i) { return (from[i / 2] >> (i % 2 * 4) & 15) - 8; }
+  static float unpacked(int number, float scale) { return float(number) * scale; }
+};
+
+#if defined(__AVX512BF16__)
+struct I4xBF16 : OfBF16 {
+  static constexpr bool kGrouped = true;
+  using type = uint8_t;
+  using Unpacked = BF16xBF16;
+  using Table = __m512i;
+  static Table table(float scale) {
+    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(I4::table(scale)));
+  }
+  static __m512i load(const type* from, Table table) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    const __m512i both = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12));
+    return _mm512_permutexvar_epi16(_mm512_and_si512(both, _mm512_set1_epi32(0x000f000f)), table);
+  }
+  static void store(__m512i numbers, uint16_t* to) { _mm512_storeu_si512(to, numbers); }
+  static uint16_t unpacked(int number, float scale) { return BF16::rounded(float(number) * scale); }
+};
+#else
+using I4xBF16 = I4;  // no need to round
+#endif
+
+// The rows of a matrix; of int4 with a scale for each `group`.
+template <class W>
+inline auto rows_at(const void* numbers, const float* scale, int64_t group) {
+  const auto* own = static_cast<const typename W::type*>(numbers);
+  if constexpr (W::kGrouped) {
+    return Int4Rows{own, scale, group};
+  } else {
+    return own;
+  }
+}
+
 // Integers, widened to int16: the other factor once per row.
 struct OfIntegers {
+  static constexpr bool kGrouped = false;
   using X = int16_t;
   using Sum = int32_t;
 #if defined(__AVX512BW__)

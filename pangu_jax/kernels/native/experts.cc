@@ -67,7 +67,7 @@ struct Factors {
 // One matrix for each expert, with a scale for each row where `scale` is not null.
 template <class W>
 struct Matrices {
-  const typename W::type* numbers;
+  decltype(rows_at<W>(nullptr, nullptr, 0)) rows;
   const float* scale;
   float worth(int64_t row) const { return scale ? scale[row] : 1.0f; }
 };
@@ -92,11 +92,11 @@ void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pai
     const auto value = [&](int64_t n, int64_t row, typename W::Sum sum) {
       return float(sum) * in.scale[first + n] * gate_up.worth(row);
     };
-    product<W>(gate_up.numbers + gate * s.D, begin, end, rows, count, s.D,
+    product<W>(from_row(gate_up.rows, gate, s.D), begin, end, rows, count, s.D,
                [&](int64_t n, int64_t f, typename W::Sum sum) {
                  inner[(first + n) * s.F + f] = silu(value(n, gate + f, sum));
                });
-    product<W>(gate_up.numbers + up * s.D, begin, end, rows, count, s.D,
+    product<W>(from_row(gate_up.rows, up, s.D), begin, end, rows, count, s.D,
                [&](int64_t n, int64_t f, typename W::Sum sum) {
                  inner[(first + n) * s.F + f] *= value(n, up + f, sum);
                });
@@ -109,7 +109,7 @@ void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pai
     const int64_t begin = i * outputs, end = std::min(s.D, begin + outputs);
     for (const int64_t e : pairs.used) {
       const int64_t first = pairs.begin[e], row = e * s.D;
-      product<W>(down.numbers + row * s.F, begin, end, between.rows.data() + first * s.F,
+      product<W>(from_row(down.rows, row, s.F), begin, end, between.rows.data() + first * s.F,
                  pairs.count(e), s.F, [&](int64_t n, int64_t d, typename W::Sum sum) {
                    const int64_t p = first + n;
                    const float value = float(sum) * between.scale[p] * down.worth(row + d);
@@ -124,10 +124,10 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
                    ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
                    ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> layer, bool integers,
                    ffi::Result<ffi::AnyBuffer> result) {
-  const auto shape = down.dimensions();
-  const size_t lead = shape.size() - 3;
+  const auto shape = gate_up.dimensions();  // [(L,) E, 2, F, D]
+  const size_t lead = shape.size() - 4;
   const Shape s{chosen.dimensions()[0], chosen.dimensions()[1], shape[lead], shape[lead + 2],
-                shape[lead + 1]};
+                x.dimensions()[1]};
   const int64_t own = lead ? layer.typed_data()[0] : 0;
   const Pairs pairs(s, chosen.typed_data(), weights.typed_data());
   std::vector<float> copy, y(s.N * s.D);
@@ -138,10 +138,11 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     using W = decltype(kind);
     const auto of = [&](ffi::AnyBuffer& numbers, ffi::Buffer<ffi::F32>& scale, int64_t rows,
                         int64_t width) {
-      const int64_t start = own * s.E * rows;
-      const auto* data = static_cast<const typename W::type*>(numbers.untyped_data());
-      const bool scaled = scale.element_count() > 0;
-      return Matrices<W>{data + start * width, scaled ? scale.typed_data() + start : nullptr};
+      const int64_t start = own * s.E * rows, scales = scale.dimensions().back();
+      const float* worth = scale.element_count() ? scale.typed_data() : nullptr;
+      const auto all = rows_at<W>(numbers.untyped_data(), worth, width / std::max<int64_t>(1, scales));
+      const bool each = worth && !W::kGrouped;
+      return Matrices<W>{from_row(all, start, width), each ? worth + start : nullptr};
     };
     mix<W>(pool, s, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D),
            of(down, down_scale, s.D, s.F), y.data());
@@ -154,6 +155,7 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
         if (integers) run(I8xI8{});
         else half ? run(I8xBF16{}) : run(I8{});
         break;
+      case ffi::U8: half ? run(I4xBF16{}) : run(I4{}); break;
       default: return ffi::Error::InvalidArgument("no such matrix");
     }
   }

@@ -1,4 +1,5 @@
-// y [N, E] = x [N, D] @ w [E, D]^T, times a scale for each row of w where there are scales.
+// y [N, E] = x [N, D] @ w [E, D]^T, times a scale for each row of w where there are scales; of int4
+// (uint8 [E, D / 2]) the scales are of groups of its inputs.
 
 #include "pool.h"
 #include "product.h"
@@ -15,12 +16,11 @@ struct Shape {
   int64_t N, E, D;
 };
 
-template <class W, class Put>
-void multiply(ffi::ThreadPool& pool, const Shape& s, const void* w, const typename W::X* x,
-              const Put& put) {
-  const auto* rows = static_cast<const typename W::type*>(w);
+// width: bytes of a row of w
+template <class W, class Rows, class Put>
+void multiply(ffi::ThreadPool& pool, const Shape& s, const Rows& rows, int64_t width,
+              const typename W::X* x, const Put& put) {
   if (s.N * s.E * s.D < kAlone) return product<W>(rows, 0, s.E, x, s.N, s.D, put);
-  const int64_t width = s.D * int64_t(sizeof(typename W::type));
   const int64_t size = std::max<int64_t>(1, kPiece / width / kTileW) * kTileW;
   each(pool, (s.E + size - 1) / size, [&](int64_t i) {
     product<W>(rows, i * size, std::min(s.E, (i + 1) * size), x, s.N, s.D, put);
@@ -32,6 +32,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
   const Shape s{x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]};
   const Output out(*y);
   const float* worth = scale.typed_data();
+  const int64_t width = int64_t(w.size_bytes()) / s.E;
+  const int64_t group = s.D / std::max<int64_t>(1, scale.dimensions().back());
   if (integers) {
     std::vector<float> copy;
     const float* floats = floats_of(x, copy);
@@ -39,7 +41,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     std::vector<float> scales(s.N);
     for (int64_t n = 0; n < s.N; ++n)
       scales[n] = round_row(floats + n * s.D, s.D, numbers.data() + n * s.D);
-    multiply<I8xI8>(pool, s, w.untyped_data(), numbers.data(), [&](int64_t n, int64_t e, int32_t sum) {
+    const auto* rows = static_cast<const int8_t*>(w.untyped_data());
+    multiply<I8xI8>(pool, s, rows, width, numbers.data(), [&](int64_t n, int64_t e, int32_t sum) {
       out.put(n * s.E + e, float(sum) * scales[n] * worth[e]);
     });
     return ffi::Error::Success();
@@ -47,7 +50,8 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
   const auto run = [&](auto kind, const auto& put) {
     using W = decltype(kind);
     std::vector<typename W::X> copy;
-    multiply<W>(pool, s, w.untyped_data(), rows_of(x, copy), put);
+    const auto rows = rows_at<W>(w.untyped_data(), worth, group);
+    multiply<W>(pool, s, rows, width, rows_of(x, copy), put);
   };
   const auto plain = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum); };
   const auto scaled = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum * worth[e]); };
@@ -56,6 +60,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     case ffi::F32: run(F32{}, plain); break;
     case ffi::BF16: run(BF16xBF16{}, plain); break;
     case ffi::S8: half ? run(I8xBF16{}, scaled) : run(I8{}, scaled); break;
+    case ffi::U8: half ? run(I4xBF16{}, plain) : run(I4{}, plain); break;
     default: return ffi::Error::InvalidArgument("no such matrix");
   }
   return ffi::Error::Success();

@@ -9,14 +9,15 @@ from pangu_jax.kernels import native
 from pangu_jax.quant.weight import Weight
 
 FLOATS = (jnp.float32, jnp.bfloat16)
+KNOWN = (("int8", "float"), ("int8", "dynamic"), ("int4", "float"))
 
 
 def kind(x: Float[Array, "N D"], matrix: Any) -> str | None:
     """What the kernels would make of x times a matrix, float or quantised; None if they cannot."""
     if isinstance(matrix, Weight):
         scheme = matrix.scheme
-        known = scheme.numbers == "int8" and scheme.activations in ("float", "dynamic")
-        return f"int8 {scheme.activations}" if known and x.dtype in FLOATS else None
+        known = (scheme.numbers, scheme.activations) in KNOWN and x.dtype in FLOATS
+        return f"{scheme.numbers} {scheme.activations}" if known else None
     known = x.dtype in FLOATS and getattr(matrix, "dtype", None) == x.dtype
     return str(x.dtype) if known else None
 
@@ -55,7 +56,7 @@ def experts(
 
 
 def _parts(matrix: Any) -> tuple[Array, Array]:
-    """Numbers, and a scale for each row where there are scales."""
+    """Numbers, and the scales of each row where there are scales."""
     if isinstance(matrix, Weight):
-        return matrix.numbers, matrix.scale[..., 0]
+        return matrix.numbers, matrix.scale
     return matrix, jnp.zeros(0, jnp.float32)

@@ -16,11 +16,20 @@ namespace pangu {
 constexpr int kTileW = 4;
 constexpr int kTileX = 3;
 
+// Bytes of x that are multiplied with all of a piece of w before the next ones: they stay in cache.
+constexpr int64_t kPanel = 128 << 10;
+
+// Rows of x from which rows of w are unpacked once for all of them.
+constexpr int64_t kMany = 2 * kTileX + 1;
+
+template <class W, int RX>
+using Sums = typename W::Sum[RX];
+
 // kAhead: the rows of w that come next are asked for while these are multiplied. The processor's own
 // prefetching begins anew with every row, and a row is short.
 template <class W, int RW, int RX, bool kAhead>
 __attribute__((noinline)) void tile(const typename W::type* w, const typename W::X* x, int64_t D,
-                 typename W::Sum (*sums)[kTileX]) {
+                                    Sums<W, kTileX>* sums) {
   constexpr int kLine = 64 / sizeof(typename W::type);
   typename W::Lanes acc[RW][RX];
   for (int i = 0; i < RW; ++i)
@@ -49,54 +58,88 @@ __attribute__((noinline)) void tile(const typename W::type* w, const typename W:
     }
 }
 
-template <class W, int RW, bool kAhead>
-inline void tile_of(int rx, const typename W::type* w, const typename W::X* x, int64_t D,
-                    typename W::Sum (*sums)[kTileX]) {
+// The same of int4, whose groups are whole vectors.
+template <class W, int RW, int RX, bool kAhead>
+__attribute__((noinline)) void tile(const Int4Rows& w, const typename W::X* x, int64_t D,
+                                    Sums<W, kTileX>* sums) {
+  const int64_t width = D / 2, groups = D / w.group;
+  typename W::Lanes acc[RW][RX];
+  for (int i = 0; i < RW; ++i)
+    for (int j = 0; j < RX; ++j) acc[i][j] = typename W::Lanes{};
+  for (int64_t g = 0; g < groups; ++g) {
+    typename W::Table table[RW];
+    for (int i = 0; i < RW; ++i) table[i] = W::table(w.scale[i * groups + g]);
+    const uint8_t* own = w.numbers + g * w.group / 2;
+    if constexpr (kAhead)
+      for (int i = 0; i < RW; ++i)
+        for (int64_t b = 0; b < w.group / 2; b += 64)
+          __builtin_prefetch(own + (RW + i) * width + b, 0, 2);
+    for (int64_t d = 0; d < w.group; d += W::kStep) {
+      decltype(W::factor(x)) factor[RX];
+      for (int j = 0; j < RX; ++j) factor[j] = W::factor(x + j * D + g * w.group + d);
+      for (int i = 0; i < RW; ++i) {
+        const auto v = W::load(own + i * width + d / 2, table[i]);
+        for (int j = 0; j < RX; ++j) acc[i][j] = W::add(acc[i][j], v, factor[j]);
+      }
+    }
+  }
+  for (int i = 0; i < RW; ++i)
+    for (int j = 0; j < RX; ++j) sums[i][j] = W::all(acc[i][j]);
+}
+
+template <class W, int RW, bool kAhead, class Rows>
+inline void tile_of(int rx, const Rows& w, const typename W::X* x, int64_t D,
+                    Sums<W, kTileX>* sums) {
   static_assert(kTileX == 3);
   if (rx == 1) return tile<W, RW, 1, kAhead>(w, x, D, sums);
   if (rx == 2) return tile<W, RW, 2, kAhead>(w, x, D, sums);
   tile<W, RW, 3, kAhead>(w, x, D, sums);
 }
 
-// Bytes of x that are multiplied with all of a piece of w before the next ones: they stay in cache.
-constexpr int64_t kPanel = 128 << 10;
+// `count` rows of w as the kind that they are unpacked to.
+template <class W, class To>
+inline void unpack(const typename W::type* w, int64_t count, int64_t D, To* to) {
+  for (int64_t i = 0; i < count * D; ++i) to[i] = W::unpacked(w[i]);
+}
 
-// Rows of x from which rows of w are unpacked once for all of them.
-constexpr int64_t kMany = 2 * kTileX + 1;
-
-// Some rows of w, at most kTileW, as a product reads them: where they lie, or unpacked.
-template <class W>
-class Rows {
- public:
-  using U = typename W::Unpacked;
-  explicit Rows(int64_t D) : D_(D), room_(std::is_same_v<W, U> ? 0 : kTileW * D) {}
-  const typename U::type* unpacked(const typename W::type* w, int64_t count) {
-    if constexpr (std::is_same_v<W, U>) {
-      return w;
-    } else {
-      for (int64_t i = 0; i < count * D_; ++i) room_[i] = W::unpacked(w[i]);
-      return room_.data();
+template <class W, class To>
+inline void unpack(const Int4Rows& w, int64_t count, int64_t D, To* to) {
+  const bool whole = w.group % W::kStep == 0;
+  for (int64_t g = 0; g < count * (D / w.group); ++g) {
+    const uint8_t* from = w.numbers + g * w.group / 2;
+    const auto table = W::table(w.scale[g]);
+    for (int64_t d = 0; d < w.group; d += W::kStep) {
+      if (!whole) break;
+      W::store(W::load(from + d / 2, table), to + g * w.group + d);
     }
+    for (int64_t d = whole ? w.group : 0; d < w.group; ++d)
+      to[g * w.group + d] = W::unpacked(I4::number(from, d), w.scale[g]);
   }
+}
 
- private:
-  int64_t D_;
-  std::vector<typename U::type> room_;
-};
+// Whether so many rows of x meet w as it lies, and not unpacked.
+template <class T>
+inline bool as_it_lies(const T*, int64_t N, int) {
+  return N < kMany;
+}
+inline bool as_it_lies(const Int4Rows& w, int64_t N, int step) {
+  return N < kMany && w.group % step == 0;
+}
 
-// put(n, e + i, sum) for rows first <= n < last of x and the rw rows of w at `own`.
-template <class W, bool kAhead, class Put>
-inline void stripe(const typename W::type* own, int64_t e, int rw, const typename W::X* x,
-                   int64_t first, int64_t last, int64_t D, const Put& put) {
+// put(n, e + i, sum) for rows first <= n < last of x and the first rw rows of w.
+template <class W, bool kAhead, class Rows, class Put>
+inline void stripe(const Rows& w, int64_t e, int rw, const typename W::X* x, int64_t first,
+                   int64_t last, int64_t D, const Put& put) {
   typename W::Sum sums[kTileW][kTileX];
   for (int64_t n = first; n < last; n += kTileX) {
     const int rx = int(std::min<int64_t>(kTileX, last - n));
     if (rw == kTileW && kAhead && n == 0) {
-      tile_of<W, kTileW, true>(rx, own, x + n * D, D, sums);
+      tile_of<W, kTileW, true>(rx, w, x + n * D, D, sums);
     } else if (rw == kTileW) {
-      tile_of<W, kTileW, false>(rx, own, x + n * D, D, sums);
+      tile_of<W, kTileW, false>(rx, w, x + n * D, D, sums);
     } else {
-      for (int i = 0; i < rw; ++i) tile_of<W, 1, false>(rx, own + i * D, x + n * D, D, sums + i);
+      for (int i = 0; i < rw; ++i)
+        tile_of<W, 1, false>(rx, from_row(w, i, D), x + n * D, D, sums + i);
     }
     for (int i = 0; i < rw; ++i)
       for (int j = 0; j < rx; ++j) put(n + j, e + i, sums[i][j]);
@@ -104,24 +147,25 @@ inline void stripe(const typename W::type* own, int64_t e, int rw, const typenam
 }
 
 // put(n, e, sum) for all rows n < N of x and rows begin <= e < end of w.
-template <class W, class Put>
-inline void product(const typename W::type* w, int64_t begin, int64_t end, const typename W::X* x,
-                    int64_t N, int64_t D, const Put& put) {
+template <class W, class Rows, class Put>
+inline void product(const Rows& w, int64_t begin, int64_t end, const typename W::X* x, int64_t N,
+                    int64_t D, const Put& put) {
   using U = typename W::Unpacked;
   const int64_t width = D * int64_t(sizeof(typename W::X));
   const int64_t panel = std::max<int64_t>(1, kPanel / width / kTileX) * kTileX;
-  const bool many = N >= kMany;
-  Rows<W> rows(many ? D : 0);
+  const bool in_place = std::is_same_v<W, U> || as_it_lies(w, N, W::kStep);
+  std::vector<typename U::type> room(in_place ? 0 : kTileW * D);
   for (int64_t first = 0; first < N; first += panel) {
     const int64_t last = std::min(N, first + panel);
     for (int64_t e = begin; e < end; e += kTileW) {
       const int rw = int(std::min<int64_t>(kTileW, end - e));
-      const auto* own = w + e * D;
-      if (many) {
-        constexpr bool in_place = std::is_same_v<W, U>;
-        stripe<U, in_place>(rows.unpacked(own, rw), e, rw, x, first, last, D, put);
-      } else {
+      const auto own = from_row(w, e, D);
+      if (in_place) {
         stripe<W, true>(own, e, rw, x, first, last, D, put);
+      } else if constexpr (!std::is_same_v<W, U>) {
+        unpack<W>(own, rw, D, room.data());
+        const typename U::type* rows = room.data();
+        stripe<U, false>(rows, e, rw, x, first, last, D, put);
       }
     }
   }

@@ -17,6 +17,9 @@ SCHEMES = {"weight-only": Scheme("int8"), "dynamic": Scheme("int8", "dynamic")}
 KINDS = ("float32", "bfloat16", *(f"{s} {d}" for s in SCHEMES for d in ("float32", "bfloat16")))
 SOME = ("float32", "bfloat16", "weight-only bfloat16", "dynamic float32")  # what is in the others
 
+# int4 of groups that are no multiple of a vector, and that are.
+INT4 = tuple(f"int4-{group} {d}" for group in (2, 6, 32, 128) for d in ("float32", "bfloat16"))
+
 # No multiple of a vector among them, one, and one that is.
 WIDTHS = (1, 7, 17, 64, 130)
 
@@ -54,12 +57,24 @@ def activations(kind: str, seed: int, *shape: int) -> jax.Array:
 def matrix(kind: str, seed: int, *shape: int) -> Any:
     """A matrix [*out, D] of a kind, numbers about 1 / sqrt(D)."""
     rng = np.random.default_rng(seed)
+    if kind.startswith("int4"):
+        return _int4(rng, int(kind.split()[0].removeprefix("int4-")), *shape)
     scheme = SCHEMES.get(kind.split()[0])
     if scheme is None:
         return array(rng.normal(size=shape) * shape[-1] ** -0.5, kind)
     numbers = array(rng.integers(-127, 128, shape), "int8")
     scale = rng.uniform(0.5, 2, (*shape[:-1], 1)) * shape[-1] ** -0.5 / 73
     return Weight(scheme=scheme, numbers=numbers, scale=array(scale, "float32"))
+
+
+def _int4(rng: np.random.Generator, group: int, *shape: int) -> Weight:
+    *out, D = shape
+    scale = rng.uniform(0.5, 2, (*out, D // group)) * D**-0.5 / 5
+    return Weight(
+        scheme=Scheme("int4", group=group),
+        numbers=array(rng.integers(0, 256, (*out, D // 2)), "uint8"),
+        scale=array(scale, "float32"),
+    )
 
 
 def routing(seed: int, N: int, k: int, E: int, pattern: str) -> tuple[jax.Array, jax.Array]:
@@ -91,6 +106,10 @@ def experts(
 
 def worth(held: Any) -> np.ndarray:
     """The numbers of a matrix of any kind."""
+    if isinstance(held, Weight) and held.scheme.numbers == "int4":
+        packed = np.asarray(held.numbers).astype(np.int64)
+        numbers = np.stack([packed % 16 - 8, packed // 16 - 8], -1).reshape(held.shape)
+        return numbers * np.repeat(wide(held.scale), held.scheme.group or 1, -1)
     return wide(held.numbers) * wide(held.scale) if isinstance(held, Weight) else wide(held)
 
 

@@ -29,8 +29,7 @@ def multiply(x: Any, held: Any, implementation: Any = None) -> Any:
         return matmul(x, held, None, implementation)
     if implementation == "native":
         assert native.available()  # which registers them
-        integers = oracle.is_dynamic(held)
-        return scaled_matmul(x, held.numbers, held.scale[:, 0], x.dtype, integers=integers)
+        return scaled_matmul(x, held, x.dtype)
     if implementation == "xla":
         with native.without():
             return product.linear(x, held)
@@ -55,6 +54,8 @@ def check(kind: str, seed: int, N: int, E: int, D: int) -> None:
         got = run(x, held, implementation)
         assert got.dtype == x.dtype
         rounding = 2e-6 * size + (2**-8 if got.dtype == jnp.bfloat16 else 0) * np.abs(wanted)
+        if kind.startswith("int4") and got.dtype == jnp.bfloat16:
+            rounding += 2**-8 * size  # of numbers times their scale
         assert got.shape == wanted.shape
         assert (np.abs(oracle.wide(got) - wanted) <= rounding).all(), (implementation, N, E, D)
 
@@ -69,6 +70,18 @@ def check(kind: str, seed: int, N: int, E: int, D: int) -> None:
 )
 def test_odd_shapes(kind: str, seed: int, N: int, E: int, D: int) -> None:
     check(kind, seed, N, E, D)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(oracle.INT4),
+    st.integers(0, 999),
+    st.sampled_from([1, 2, 3, 6, 7, 64, 70]),
+    st.sampled_from(WIDTHS),
+    st.integers(1, 3),
+)
+def test_groups(kind: str, seed: int, N: int, E: int, groups: int) -> None:
+    check(kind, seed, N, E, groups * int(kind.split()[0].removeprefix("int4-")))
 
 
 @some_kinds
@@ -89,6 +102,22 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
         oracle.same(first, np.asarray(alone)[:n], n)
     turned = run(np.asarray(x)[::-1], held, "native")
     oracle.same(np.asarray(turned)[::-1], alone)
+
+
+@pytest.mark.parametrize("kind", oracle.INT4)
+def test_a_row_of_groups_does_not_depend_on_the_others(kind: str) -> None:
+    x, held = oracle.activations(kind, 0, 12, 384), oracle.matrix(kind, 1, 45, 384)
+    alone = of_single_rows(x, held)
+    for n in (1, 2, 3, 5, 6, 7, 12):
+        oracle.same(run(x[:n], held, "native"), np.asarray(alone)[:n], n)
+
+
+@pytest.mark.parametrize("kind", oracle.INT4[4:6])
+def test_few_rows_of_groups_go_to_the_kernel(kind: str) -> None:
+    held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, MOST_ROWS + 1, 64)
+    assert uses_kernel(x[:1], held)
+    assert uses_kernel(x[:MOST_ROWS], held)
+    assert not uses_kernel(x[:1], held, "cuda")
 
 
 @some_kinds

@@ -41,13 +41,22 @@ def tolerance(kind: str, implementation: Any) -> float:
     if kind.startswith("dynamic"):
         return 0.03
     if "bfloat16" in kind:
-        return 2**-8 if implementation == "native" else 0.03
+        own = 2**-7 if kind.startswith("int4") else 2**-8
+        return own if implementation == "native" else 0.03
     return 2e-6
 
 
 def check(kind: str, implementation: Any, arguments: Any, got: Any) -> None:
     wanted, size = oracle.swiglu(*arguments)
     oracle.close(got, wanted, tolerance(kind, implementation), implementation, size)
+
+
+@pytest.mark.parametrize("kind", oracle.INT4[2:6])
+def test_groups(kind: str) -> None:
+    for N in (1, 9):
+        arguments = case(kind, N, N, 96, 192)
+        for implementation in IMPLEMENTATIONS:
+            check(kind, implementation, arguments, run(*arguments, implementation))
 
 
 @settings(max_examples=25)
@@ -209,7 +218,9 @@ def adapted(matrix: Any) -> Adapted:
 
 
 OTHERS = {
-    "int4": lambda m: weight.quantize(m, Scheme("int4", group=8)),
+    "int4 and int8": lambda m: weight.quantize(
+        m, Scheme("int8") if m.ndim == 2 else Scheme("int4", group=8)
+    ),
     "fp8": lambda m: weight.quantize(m, Scheme("fp8")),
     "mixed": lambda m: weight.quantize(m, Scheme("int8")) if m.ndim == 2 else m,
     "two activations": lambda m: weight.quantize(
