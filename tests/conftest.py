@@ -39,6 +39,14 @@ def _forget_programs() -> Iterator[None]:
 
 
 @pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs as users get them, with all that XLA does by default."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def plain_xla() -> Iterator[None]:
     """As where no C++ compiler is."""
     with native.without():

@@ -143,7 +143,9 @@ def look_up(
 def _rows(table: Float[Array, "V part"], ids: Int[Array, " N"]) -> Float[Array, "N part"]:
     if table.dtype != jnp.bfloat16:
         return jnp.take(table, ids, axis=0, mode="clip")
-    # As numbers without a meaning: XLA on CPU would take the whole table to float32 first.
+    # As numbers without a meaning: XLA on CPU would take the whole table to float32 first. After
+    # the ids: else it copies the table before a decode loop.
+    table, ids = lax.optimization_barrier((table, ids))
     bits = lax.bitcast_convert_type(table, jnp.uint16)
     return lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), table.dtype)
 

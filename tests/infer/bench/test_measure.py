@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -83,14 +83,6 @@ def test_prefill_and_decode_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> 
 def test_senseless_runs_are_refused(capsys, argv: list[str]) -> None:
     assert door.main(["bench", "--model", "nano", *argv]) == 2
     assert "error: " in capsys.readouterr().err
-
-
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    """Programs as users get them; the suite's others are compiled quickly instead."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.mark.slow

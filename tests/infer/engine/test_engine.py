@@ -339,14 +339,6 @@ def test_a_failure_reaches_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- the same bits --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def optimised() -> Any:
-    """As users compile: what is optimised is what might differ."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "moge"])
 @pytest.mark.parametrize("cache", [None, "int8"])

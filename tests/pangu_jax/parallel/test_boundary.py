@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pangu_jax.parallel import boundary, layout
@@ -482,3 +483,21 @@ def test_rows_are_looked_up_where_they_lie(servers: Layout) -> None:
     for device, token in np.ndindex(ids.shape):
         wanted[ids[device, token]] += factors[device, token]
     np.testing.assert_array_equal(gradient, wanted)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loop_that_looks_up_makes_no_copy_of_the_table(dtype: str) -> None:
+    """JAX 0.10 makes none either way with the flags of this suite; later ones have no such flags."""
+
+    @jax.jit
+    def walk(table: jax.Array, ids: jax.Array, steps: jax.Array) -> jax.Array:
+        def step(i: jax.Array, ids: jax.Array) -> jax.Array:
+            return jnp.argmax(boundary.look_up(table, ids, layout.load(None)), axis=-1) + i
+
+        return lax.fori_loop(0, steps, step, ids)
+
+    table = jax.ShapeDtypeStruct((512, 256), dtype)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = walk.lower(table, jax.ShapeDtypeStruct((3,), jnp.int32), count).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 256

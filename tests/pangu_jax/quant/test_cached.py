@@ -195,8 +195,8 @@ def test_attention_is_within_half_steps_of_floats(T: int, S: int) -> None:
     assert (np.abs(got - wanted) <= bound + 1e-5).all()
 
 
+@pytest.mark.usefixtures("optimised")
 def test_no_float_copy_of_the_cache_is_made() -> None:
-    """With all that XLA does to a program by default."""
     shape, sd = (2, 4, 4096, 64), jax.ShapeDtypeStruct
     numbers, scale = sd(shape, jnp.int8), sd(shape[:3], jnp.float32)
 
@@ -205,15 +205,10 @@ def test_no_float_copy_of_the_cache_is_made() -> None:
 
     rows = jax.eval_shape(Rows, numbers, scale)
     fixed = jax.eval_shape(lambda n, c: Rows(n, channels=c), numbers, sd((4, 64), jnp.float32))
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        for dtype, own in ((jnp.bfloat16, rows), (jnp.float32, fixed)):
-            lowered = jax.jit(attend).lower(sd((2, 1, 4, 1, 64), dtype), own, own)
-            temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-            assert temporary < np.prod(shape)  # half of one bf16 copy
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    for dtype, own in ((jnp.bfloat16, rows), (jnp.float32, fixed)):
+        lowered = jax.jit(attend).lower(sd((2, 1, 4, 1, 64), dtype), own, own)
+        temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < np.prod(shape)  # half of one bf16 copy
 
 
 # --- the cache around it
