@@ -109,8 +109,8 @@ void multiply(Queries& own, const typename C::type* keys, const typename C::type
         const Floats first = vector_at<Floats>(query + h), second = vector_at<Floats>(query + H + h);
         for (int i = 0; i < 4; ++i) {
           const Floats k = C::load(key[i] + h);
-          acc[i] += k * first;
-          acc[4 + i] += k * second;
+          acc[i] = fused(k, first, acc[i]);
+          acc[4 + i] = fused(k, second, acc[4 + i]);
         }
       }
       float sums[8];
@@ -133,7 +133,7 @@ inline void add_values(Queries& own, int64_t q, int64_t h, const typename C::typ
     ask_for(next + s * own.H + h, RH * kLanes);
     for (int j = 0; j < RH; ++j) {
       const Floats v = C::load(values + s * own.H + h + j * kLanes);
-      for (int i = 0; i < RQ; ++i) acc[i][j] += splat(own.scores[q + i][s]) * v;
+      for (int i = 0; i < RQ; ++i) acc[i][j] = fused(splat(own.scores[q + i][s]), v, acc[i][j]);
     }
   }
   for (int i = 0; i < RQ; ++i)

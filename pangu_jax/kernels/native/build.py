@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 SOURCE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off")
 SECONDS = 300
 
 

@@ -6,8 +6,6 @@
 // first, whose products are the same to the last bit.
 #pragma once
 
-#include <cmath>
-
 #include "vec.h"
 
 namespace pangu {
@@ -25,10 +23,10 @@ struct OfFloats {
   using Lanes = Floats;
   static constexpr int kStep = kLanes;
   static Lanes factor(const X* x) { return vector_at<Floats>(x); }
-  static Lanes add(Lanes sums, Lanes w, Lanes x) { return sums + w * x; }
+  static Lanes add(Lanes sums, Lanes w, Lanes x) { return fused(w, x, sums); }
   static Sum all(Lanes sums) { return total(sums); }
   static float one_factor(X x) { return x; }
-  static Sum add_one(Sum sum, float w, float x) { return std::fma(w, x, sum); }
+  static Sum add_one(Sum sum, float w, float x) { return fused(w, x, sum); }
 };
 
 struct F32 : OfFloats {
@@ -94,7 +92,7 @@ struct OfBF16 {
   }
   static Sum all(Lanes sums) { return total(sums); }
   static float one_factor(X x) { return BF16::one(x); }
-  static Sum add_one(Sum sum, float w, float x) { return std::fma(w, x, sum); }
+  static Sum add_one(Sum sum, float w, float x) { return fused(w, x, sum); }
 };
 
 struct BF16xBF16 : OfBF16 {
@@ -250,10 +248,14 @@ struct OfIntegers {
   static int32_t one_factor(X x) { return x; }
   static Sum add_one(Sum sum, int32_t w, int32_t x) { return sum + w * x; }
   static Sum all(Lanes sums) {
+#if defined(__AVX512BW__)
+    return _mm512_reduce_add_epi32(sums);
+#else
     int32_t lane[sizeof(Lanes) / 4], sum = 0;
     std::memcpy(lane, &sums, sizeof sums);
     for (int32_t part : lane) sum += part;
     return sum;
+#endif
   }
 };
 

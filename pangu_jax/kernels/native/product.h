@@ -19,8 +19,8 @@ constexpr int kTileX = 3;
 // Bytes of x that are multiplied with all of a piece of w before the next ones: they stay in cache.
 constexpr int64_t kPanel = 128 << 10;
 
-// Rows of x from which rows of w are unpacked once for all of them.
-constexpr int64_t kMany = 2 * kTileX + 1;
+// Rows of x from which rows of w are unpacked once for all of them (measured).
+constexpr int64_t kMany = 25;
 
 template <class W, int RX>
 using Sums = typename W::Sum[RX];

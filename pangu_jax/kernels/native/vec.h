@@ -7,6 +7,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pangu {
@@ -23,6 +25,28 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 inline Floats splat(float x) { return Floats{} + x; }
+
+// a * b + c, rounded once where the processor can. Written out, and contracted nowhere else: what a
+// compiler makes of a sum of products differs from loop to loop, and all of them must give the same.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 template <class To, class From>
 inline To bits(const From& from) {
@@ -105,15 +129,14 @@ inline Floats exp_of_negative(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Ints tiny = x < splat(-87.0f);
   x = bits<Floats>(bits<Ints>(x) & ~tiny);
-  const Floats n = (x * splat(1.44269504f) + magic) - magic;
-  const Floats r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);  // x - n ln 2
+  const Floats n = fused(x, splat(1.44269504f), magic) - magic;
+  const Floats nearly = fused(n, splat(-0.693359375f), x);
+  const Floats r = fused(n, splat(2.12194440e-4f), nearly);  // x - n ln 2
   Floats p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                           5.0000001201e-1f})
+    p = fused(p, r, splat(next));
+  p = fused(p * r, r, r) + splat(1.0f);
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   return bits<Floats>(bits<Ints>(p * bits<Floats>(power)) & ~tiny);
 }

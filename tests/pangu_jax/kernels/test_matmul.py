@@ -64,7 +64,7 @@ def check(kind: str, seed: int, N: int, E: int, D: int) -> None:
 @given(
     st.sampled_from(KINDS),
     st.integers(0, 999),
-    st.sampled_from([1, 2, 3, 5, 12, 13, 64, 65, 70]),
+    st.sampled_from([1, 2, 3, 5, 12, 24, 25, 64, 65, 70]),
     st.sampled_from(WIDTHS),
     st.sampled_from(WIDTHS),
 )
@@ -76,7 +76,7 @@ def test_odd_shapes(kind: str, seed: int, N: int, E: int, D: int) -> None:
 @given(
     st.sampled_from(oracle.INT4),
     st.integers(0, 999),
-    st.sampled_from([1, 2, 3, 6, 7, 64, 70]),
+    st.sampled_from([1, 2, 3, 24, 25, 64, 70]),
     st.sampled_from(WIDTHS),
     st.integers(1, 3),
 )
@@ -96,7 +96,7 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
     """To the last bit; the width ends in vectors and single numbers."""
     x, held = oracle.activations(kind, 0, 70, 155), oracle.matrix(kind, 1, 45, 155)
     alone = of_single_rows(x, held)
-    counts = [*range(1, 14), *range(62, 71)]
+    counts = [*range(1, 8), *range(23, 28), *range(62, 71)]
     together = jax.jit(lambda x: [multiply(x[:n], held, "native") for n in counts])(x)
     for n, first in zip(counts, together, strict=True):
         oracle.same(first, np.asarray(alone)[:n], n)
@@ -106,9 +106,9 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", oracle.INT4)
 def test_a_row_of_groups_does_not_depend_on_the_others(kind: str) -> None:
-    x, held = oracle.activations(kind, 0, 12, 384), oracle.matrix(kind, 1, 45, 384)
+    x, held = oracle.activations(kind, 0, 30, 384), oracle.matrix(kind, 1, 45, 384)
     alone = of_single_rows(x, held)
-    for n in (1, 2, 3, 5, 6, 7, 12):
+    for n in (1, 2, 3, 5, 24, 25, 30):
         oracle.same(run(x[:n], held, "native"), np.asarray(alone)[:n], n)
 
 

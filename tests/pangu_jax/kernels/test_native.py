@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -277,3 +278,17 @@ print(build.library())
     assert said[0][0] == "3.0"
     assert calls() == SOURCES + 1
     assert kept(home) == [Path(said[0][1]).name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+@pytest.mark.parametrize("without", ["avx512f", "avx"])
+def test_as_a_lesser_processor(without: str, home: Path) -> None:
+    """The kernels' own tests, compiled for fewer instructions than this processor has."""
+    names = ("matmul", "experts", "swiglu", "attention")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    compiler = " ".join(build.find_compiler())
+    env = {**os.environ, "CXX": f"{compiler} -mno-{without}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *files]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

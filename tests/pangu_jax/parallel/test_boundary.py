@@ -488,7 +488,7 @@ def test_rows_are_looked_up_where_they_lie(servers: Layout) -> None:
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loop_that_looks_up_makes_no_copy_of_the_table(dtype: str) -> None:
-    """JAX 0.10 makes none either way with the flags of this suite; later ones have no such flags."""
+    """With the flags of this suite JAX 0.10 makes none in any case; later ones have no flags."""
 
     @jax.jit
     def walk(table: jax.Array, ids: jax.Array, steps: jax.Array) -> jax.Array:
