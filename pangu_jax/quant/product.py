@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from pangu_jax.kernels import native
-from pangu_jax.kernels.matmul import MOST_ROWS, scaled_matmul
+from pangu_jax.kernels.matmul import few, scaled_matmul
 from pangu_jax.kernels.native import matrices
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
@@ -56,8 +56,8 @@ def _product(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
 
 def _kernel_can(x: Array, weight: Weight, dtype: jnp.dtype) -> bool:
     fits = matrices.kind(x, weight) is not None and dtype in matrices.FLOATS
-    few = 0 < x.shape[0] <= MOST_ROWS or wants_same_bits()
-    return fits and few and native.available()
+    wanted = (x.shape[0] > 0 and few(x, weight)) or wants_same_bits()
+    return fits and wanted and native.available()
 
 
 def _xla(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:

@@ -1,7 +1,7 @@
 """Rows of activations times a matrix of weights kept in [out, in] order."""
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,21 @@ from pangu_jax.quant.weight import Weight
 
 Implementation = Literal["xla", "native"]
 
-# Rows up to which the kernel is at least as fast on CPU as XLA, but for a single float32 row, which
-# XLA multiplies as fast as memory is (measured; docs/benchmarks.md).
+# Rows up to which the kernel is at least as fast on CPU as XLA (measured; docs/benchmarks.md), but
+# for a single float32 row, which XLA multiplies as fast as memory is.
 MOST_ROWS = 64
+MOST_ROWS_OF_FLOAT32 = 8
+MOST_ROWS_OF_INT4 = 256
+
+
+def few(x: Float[Array, "N D"], weight: Any) -> bool:
+    """Whether there are so few rows that the kernel is at least as fast with such a matrix."""
+    if isinstance(weight, Weight):
+        most = MOST_ROWS_OF_INT4 if weight.scheme.numbers == "int4" else MOST_ROWS
+    else:
+        float32 = getattr(weight, "dtype", None) == jnp.float32
+        most = MOST_ROWS_OF_FLOAT32 if float32 else MOST_ROWS
+    return x.shape[0] <= most
 
 
 def matmul(
@@ -50,8 +62,8 @@ def _can(x: Array, weight: Array, implementation: Implementation | None) -> bool
         if not (fits and native.available()):
             raise NotImplementedError(native.why_not() or f"{x.dtype} times {weight.dtype}")
         return True
-    few = x.shape[0] <= MOST_ROWS and not (x.shape[0] == 1 and x.dtype == jnp.float32)
-    return fits and (few or wants_same_bits()) and native.available()
+    wanted = few(x, weight) and not (x.shape[0] == 1 and x.dtype == jnp.float32)
+    return fits and (wanted or wants_same_bits()) and native.available()
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -72,7 +72,31 @@ struct Matrices {
   float worth(int64_t row) const { return scale ? scale[row] : 1.0f; }
 };
 
-float silu(float x) { return x / (1.0f + std::exp(-x)); }
+Floats silu(Floats x) {
+  const Ints negative = x < splat(0.0f);
+  const Floats e = exp_of_negative(bits<Floats>(bits<Ints>(x) | INT32_MIN));  // e^-|x|
+  const Ints top = (bits<Ints>(e) & negative) | (bits<Ints>(splat(1.0f)) & ~negative);
+  return x * bits<Floats>(top) / (e + splat(1.0f));
+}
+
+// Of every number; those behind the last whole vector are computed as a vector too.
+void silu(float* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Floats y = silu(vector_at<Floats>(x + i));
+    std::memcpy(x + i, &y, sizeof y);
+  }
+  if (i == count) return;
+  Floats rest{};
+  std::memcpy(&rest, x + i, (count - i) * sizeof(float));
+  rest = silu(rest);
+  std::memcpy(x + i, &rest, (count - i) * sizeof(float));
+}
+
+// Rows of a matrix to a piece of work, each of them multiplied with so many rows of activations.
+int64_t piece(int64_t width, int64_t rows) {
+  return std::max<int64_t>(4, kPiece / width / rows / kTileW) * kTileW;
+}
 
 template <class W>
 void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pairs,
@@ -82,8 +106,7 @@ void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pai
   std::vector<float> inner(P * s.F);
   each(pool, P, [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D, s.D); });
 
-  const int64_t size = std::max<int64_t>(1, kPiece / s.D / kTileW) * kTileW;
-  const int64_t pieces = (s.F + size - 1) / size;
+  const int64_t size = piece(s.D, (P + used - 1) / used), pieces = (s.F + size - 1) / size;
   each(pool, used * pieces, [&](int64_t i) {
     const int64_t e = pairs.used[i / pieces], first = pairs.begin[e], count = pairs.count(e);
     const int64_t begin = i % pieces * size, end = std::min(s.F, begin + size);
@@ -94,8 +117,9 @@ void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pai
     };
     product<W>(from_row(gate_up.rows, gate, s.D), begin, end, rows, count, s.D,
                [&](int64_t n, int64_t f, typename W::Sum sum) {
-                 inner[(first + n) * s.F + f] = silu(value(n, gate + f, sum));
+                 inner[(first + n) * s.F + f] = value(n, gate + f, sum);
                });
+    for (int64_t n = first; n < first + count; ++n) silu(inner.data() + n * s.F + begin, end - begin);
     product<W>(from_row(gate_up.rows, up, s.D), begin, end, rows, count, s.D,
                [&](int64_t n, int64_t f, typename W::Sum sum) {
                  inner[(first + n) * s.F + f] *= value(n, up + f, sum);
@@ -104,7 +128,7 @@ void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pai
   each(pool, P, [&](int64_t p) { between.set(p, inner.data() + p * s.F, s.F); });
 
   // A piece is some outputs of all tokens: nobody else adds to them.
-  const int64_t outputs = std::max<int64_t>(1, kPiece / s.F / used / kTileW) * kTileW;
+  const int64_t outputs = piece(s.F, P);
   each(pool, (s.D + outputs - 1) / outputs, [&](int64_t i) {
     const int64_t begin = i * outputs, end = std::min(s.D, begin + outputs);
     for (const int64_t e : pairs.used) {

@@ -8,7 +8,7 @@
 namespace pangu {
 namespace {
 
-// Bytes of w to a piece of work, and multiplications below which one thread is quicker (measured).
+// Bytes of w to a piece of work, for each row of x, and multiplications below which one thread is quicker (measured).
 constexpr int64_t kPiece = 128 << 10;
 constexpr int64_t kAlone = 64 << 10;
 
@@ -21,7 +21,7 @@ template <class W, class Rows, class Put>
 void multiply(ffi::ThreadPool& pool, const Shape& s, const Rows& rows, int64_t width,
               const typename W::X* x, const Put& put) {
   if (s.N * s.E * s.D < kAlone) return product<W>(rows, 0, s.E, x, s.N, s.D, put);
-  const int64_t size = std::max<int64_t>(1, kPiece / width / kTileW) * kTileW;
+  const int64_t size = std::max<int64_t>(4, kPiece / width / s.N / kTileW) * kTileW;
   each(pool, (s.E + size - 1) / size, [&](int64_t i) {
     product<W>(rows, i * size, std::min(s.E, (i + 1) * size), x, s.N, s.D, put);
   });

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pangu_jax.adapted import Adapted
 from pangu_jax.kernels import native
 from pangu_jax.kernels.choice import Kernel, choose
-from pangu_jax.kernels.matmul import MOST_ROWS
+from pangu_jax.kernels.matmul import few
 from pangu_jax.kernels.native import matrices
 from pangu_jax.linear import linear
 from pangu_jax.precision import wants_same_bits
@@ -29,10 +29,10 @@ def swiglu(
     `native` (CPU, few rows) is the kernel of routed experts with one expert: what is between the
     products stays in float32.
     """
-    few = x.shape[0] <= MOST_ROWS or wants_same_bits() or implementation == "native"
+    wanted = few(x, down) or wants_same_bits() or implementation == "native"
 
     def why_not() -> str:
-        fits = few and matrices.alike(x, gate_up, down)
+        fits = wanted and matrices.alike(x, gate_up, down)
         return native.why_not() or ("" if fits else "matrices of these kinds")
 
     kernels = {"native": Kernel(_native, "cpu", why_not)}

@@ -12,7 +12,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pangu_jax.kernels import native
-from pangu_jax.kernels.matmul import MOST_ROWS, matmul, scaled_matmul
+from pangu_jax.kernels.matmul import (
+    MOST_ROWS,
+    MOST_ROWS_OF_FLOAT32,
+    MOST_ROWS_OF_INT4,
+    matmul,
+    scaled_matmul,
+)
 from pangu_jax.precision import same_bits
 from pangu_jax.quant import product, rows
 from pangu_jax.quant.weight import Weight
@@ -114,9 +120,11 @@ def test_a_row_of_groups_does_not_depend_on_the_others(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", oracle.INT4[4:6])
 def test_few_rows_of_groups_go_to_the_kernel(kind: str) -> None:
-    held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, MOST_ROWS + 1, 64)
+    most = MOST_ROWS_OF_INT4
+    held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, most + 1, 64)
     assert uses_kernel(x[:1], held)
-    assert uses_kernel(x[:MOST_ROWS], held)
+    assert uses_kernel(x[:most], held)
+    assert not uses_kernel(x, held)
     assert not uses_kernel(x[:1], held, "cuda")
 
 
@@ -252,11 +260,12 @@ def uses_kernel(x: Any, held: Any, platform: str = "cpu") -> bool:
 
 @some_kinds
 def test_few_rows_go_to_the_kernel_on_cpu_alone(kind: str) -> None:
-    held, x = oracle.matrix(kind, 1, 9, 17), oracle.activations(kind, 0, MOST_ROWS + 1, 17)
-    assert uses_kernel(x[:MOST_ROWS], held)
+    most = MOST_ROWS_OF_FLOAT32 if kind == "float32" else MOST_ROWS
+    held, x = oracle.matrix(kind, 1, 9, 17), oracle.activations(kind, 0, most + 1, 17)
+    assert uses_kernel(x[:most], held)
     assert uses_kernel(x[:1], held) == (kind != "float32")
     assert not uses_kernel(x, held)
-    assert not uses_kernel(x[:MOST_ROWS], held, "tpu")
+    assert not uses_kernel(x[:most], held, "tpu")
     with same_bits():
         assert uses_kernel(x, held)
         assert uses_kernel(x[:1], held)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pangu_jax.adapted import Adapted
 from pangu_jax.kernels import native
-from pangu_jax.kernels.matmul import MOST_ROWS
+from pangu_jax.kernels.matmul import MOST_ROWS, MOST_ROWS_OF_FLOAT32
 from pangu_jax.kernels.swiglu import swiglu
 from pangu_jax.precision import same_bits
 from pangu_jax.quant import weight
@@ -196,9 +196,10 @@ def uses_kernel(*arguments: Any, platform: str = "cpu") -> bool:
 
 @some_kinds
 def test_few_rows_go_to_the_kernel_on_cpu_alone(kind: str) -> None:
-    x, *held = case(kind, 0, MOST_ROWS + 1, 17, 9)
+    most = MOST_ROWS_OF_FLOAT32 if kind == "float32" else MOST_ROWS
+    x, *held = case(kind, 0, most + 1, 17, 9)
     assert uses_kernel(x[:1], *held)
-    assert uses_kernel(x[:MOST_ROWS], *held)
+    assert uses_kernel(x[:most], *held)
     assert not uses_kernel(x, *held)
     assert not uses_kernel(x[:1], *held, platform="tpu")
     with same_bits():
