@@ -121,7 +121,7 @@ class Bench:
     batch: int = flag("prompts at a time", 1)
     repeats: int = flag("timed repetitions", 3)
     engine: bool = flag("measure the engine: --batch requests at a time against one", False)
-    peer: bool = flag("the same weights in PyTorch and Transformers as well, if installed", False)
+    peer: bool = flag("the same weights in Transformers and llama.cpp too, if installed", False)
     ablate: bool = flag("our optimisations one by one, from a naive program on", False)
     json: bool = flag("print one JSON object on stdout", False)
 

@@ -10,7 +10,7 @@ import jax
 import pangu_jax
 from infer import loading, progress
 from infer.bench import ablate, bounds, measure
-from infer.bench.measure import Side
+from infer.bench.measure import Program, Side
 from infer.commands import Bench
 from infer.engine import bench as engine_bench
 from pangu_jax import build
@@ -18,6 +18,9 @@ from pangu_jax.errors import InputError
 from pangu_jax.kernels import native
 from pangu_jax.model import Pangu
 from pangu_jax.quant.scheme import FLOAT
+
+TRANSFORMERS = ("torch", "transformers")
+LLAMA = ("llama_cpp", "gguf")
 
 
 def run(command: Bench) -> int:
@@ -56,10 +59,27 @@ def _sides(command: Bench, model: Pangu) -> list[Side]:
     step = bounds.step_bytes(model, length, command.batch)
     sides = [Side("pangu_jax", measure.ours(model), step)]
     if command.peer:
+        sides += [Side(name, run, step) for name, run in _peers(command, model).items()]
+    return sides
+
+
+def _peers(command: Bench, model: Pangu) -> dict[str, Program]:
+    found = {}
+    if _installed(*TRANSFORMERS):
         from infer.bench import peer
 
-        sides += [Side(name, run, step) for name, run in peer.programs(model).items()]
-    return sides
+        found |= peer.programs(model)
+    if _installed(*LLAMA) and model.config.moge is None and command.batch == 1:
+        from infer.bench import llama
+
+        found |= llama.programs(model, command.prompt + command.tokens)
+    if not found:
+        raise InputError("llama.cpp is measured with dense models and --batch 1 alone")
+    return found
+
+
+def _installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def _head(model: Pangu, device: str) -> str:
@@ -83,9 +103,11 @@ def _check_peer(command: Bench) -> None:
     """Raises InputError where there can be no peer."""
     if command.recipe is not None or command.cache is not None:
         raise InputError("--peer compares float models: leave --recipe and --cache out")
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"--peer needs PyTorch and Transformers: pip install {package}")
+    if not (_installed(*TRANSFORMERS) or _installed(*LLAMA)):
+        raise InputError(
+            "--peer needs PyTorch and Transformers (pip install torch transformers), or for dense "
+            "models llama.cpp (pip install llama-cpp-python gguf)"
+        )
 
 
 def _model(command: Bench) -> Pangu:

@@ -14,10 +14,8 @@ import transformers  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from infer.bench import bounds
+from infer.bench import bounds, published
 from infer.bench.measure import Program
-from pangu_jax import build
-from pangu_jax.checkpoint import names
 from pangu_jax.config import ModelConfig, MoGEConfig
 from pangu_jax.model import Pangu
 
@@ -104,16 +102,11 @@ def _llama(model: Pangu) -> nn.Module:
 
 
 def _tensors(model: Pangu) -> dict[str, Tensor]:
-    """The weights by their published names."""
-    held = dict(build.named_leaves(build.convert(model, "separate")))
     found = {}
-    for leaf, parts in names.leaves(model.config):
-        array = np.asarray(held[leaf])
+    for name, array in published.weights(model).items():
         half = array.dtype.itemsize == 2
-        for part in parts:
-            own = np.ascontiguousarray(array[part.index]).reshape(part.shape)
-            tensor = torch.tensor(own.view(np.int16) if half else own)
-            found[part.name] = tensor.view(torch.bfloat16) if half else tensor
+        tensor = torch.tensor(array.view(np.int16) if half else array)
+        found[name] = tensor.view(torch.bfloat16) if half else tensor
     return found
 
 

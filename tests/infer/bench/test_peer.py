@@ -35,6 +35,28 @@ def test_a_peer_chooses_our_tokens(name: str, dtype: str) -> None:
             assert np.mean(theirs[:, 0] == own[:, 0]) > 0.6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpp_chooses_our_tokens(dtype: str) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from infer.bench import llama
+
+    model = pangu_jax.init(pangu_jax.preset("nano"), jax.random.key(0), dtype=dtype)
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 11))
+    own = measure.ours(model)(prompts, 12, lambda: None)
+    ((name, run),) = llama.programs(model, 23).items()
+    assert name.startswith("llama-cpp-python ")
+    for _ in range(2):  # nothing is left over from the last prompt
+        calls = []
+        theirs = run(prompts, 12, functools.partial(calls.append, 1))
+        assert calls == [1]
+        assert theirs.shape == own.shape
+        if dtype == "float32":
+            np.testing.assert_array_equal(theirs, own)
+        else:
+            assert theirs[0, 0] == own[0, 0]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
