@@ -108,12 +108,10 @@ inline void unpack(const Int4Rows& w, int64_t count, int64_t D, To* to) {
   for (int64_t g = 0; g < count * (D / w.group); ++g) {
     const uint8_t* from = w.numbers + g * w.group / 2;
     const auto table = W::table(w.scale[g]);
-    for (int64_t d = 0; d < w.group; d += W::kStep) {
-      if (!whole) break;
+    int64_t d = 0;
+    for (; whole && d < w.group; d += W::kStep)
       W::store(W::load(from + d / 2, table), to + g * w.group + d);
-    }
-    for (int64_t d = whole ? w.group : 0; d < w.group; ++d)
-      to[g * w.group + d] = W::unpacked(I4::number(from, d), w.scale[g]);
+    for (; d < w.group; ++d) to[g * w.group + d] = W::unpacked(I4::number(from, d), w.scale[g]);
   }
 }
 
