@@ -78,7 +78,8 @@ struct I8 : OfFloats {
   static float unpacked(type x) { return x; }
 };
 
-// Where both factors can be multiplied as bf16: two products are added to a float32 at a time.
+// Where both factors can be multiplied as bf16: two products are added to a float32 at a time (and
+// the processor takes numbers below 2^-126 for 0).
 #if defined(__AVX512BF16__)
 struct OfBF16 {
   static constexpr bool kGrouped = false;

@@ -8,7 +8,8 @@
 namespace pangu {
 namespace {
 
-// Bytes of w to a piece of work, for each row of x, and multiplications below which one thread is quicker (measured).
+// Bytes of w to a piece of work, times rows of x; and multiplications below which one thread is
+// quicker (measured).
 constexpr int64_t kPiece = 128 << 10;
 constexpr int64_t kAlone = 64 << 10;
 

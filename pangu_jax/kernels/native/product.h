@@ -22,14 +22,15 @@ constexpr int64_t kPanel = 128 << 10;
 // Rows of x from which rows of w are unpacked once for all of them (measured).
 constexpr int64_t kMany = 25;
 
-template <class W, int RX>
-using Sums = typename W::Sum[RX];
+// The sums of one row of w.
+template <class W>
+using Sums = typename W::Sum[kTileX];
 
 // kAhead: the rows of w that come next are asked for while these are multiplied. The processor's own
 // prefetching begins anew with every row, and a row is short.
 template <class W, int RW, int RX, bool kAhead>
 __attribute__((noinline)) void tile(const typename W::type* w, const typename W::X* x, int64_t D,
-                                    Sums<W, kTileX>* sums) {
+                                    Sums<W>* sums) {
   constexpr int kLine = 64 / sizeof(typename W::type);
   typename W::Lanes acc[RW][RX];
   for (int i = 0; i < RW; ++i)
@@ -61,7 +62,7 @@ __attribute__((noinline)) void tile(const typename W::type* w, const typename W:
 // The same of int4, whose groups are whole vectors.
 template <class W, int RW, int RX, bool kAhead>
 __attribute__((noinline)) void tile(const Int4Rows& w, const typename W::X* x, int64_t D,
-                                    Sums<W, kTileX>* sums) {
+                                    Sums<W>* sums) {
   const int64_t width = D / 2, groups = D / w.group;
   typename W::Lanes acc[RW][RX];
   for (int i = 0; i < RW; ++i)
@@ -89,7 +90,7 @@ __attribute__((noinline)) void tile(const Int4Rows& w, const typename W::X* x, i
 
 template <class W, int RW, bool kAhead, class Rows>
 inline void tile_of(int rx, const Rows& w, const typename W::X* x, int64_t D,
-                    Sums<W, kTileX>* sums) {
+                    Sums<W>* sums) {
   static_assert(kTileX == 3);
   if (rx == 1) return tile<W, RW, 1, kAhead>(w, x, D, sums);
   if (rx == 2) return tile<W, RW, 2, kAhead>(w, x, D, sums);
@@ -128,7 +129,7 @@ inline bool as_it_lies(const Int4Rows& w, int64_t N, int step) {
 template <class W, bool kAhead, class Rows, class Put>
 inline void stripe(const Rows& w, int64_t e, int rw, const typename W::X* x, int64_t first,
                    int64_t last, int64_t D, const Put& put) {
-  typename W::Sum sums[kTileW][kTileX];
+  Sums<W> sums[kTileW];
   for (int64_t n = first; n < last; n += kTileX) {
     const int rx = int(std::min<int64_t>(kTileX, last - n));
     if (rw == kTileW && kAhead && n == 0) {

@@ -27,7 +27,8 @@ def swiglu(
     """down(silu(gate(x)) * up(x)).
 
     `native` (CPU, few rows) is the kernel of routed experts with one expert: what is between the
-    products stays in float32.
+    products stays in float32, or is rounded once to what the second one multiplies (int8; bf16
+    where the processor multiplies it).
     """
     wanted = few(x, down) or wants_same_bits() or implementation == "native"
 

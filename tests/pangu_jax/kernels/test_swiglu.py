@@ -35,8 +35,9 @@ def case(kind: str, seed: int, N: int, F: int, D: int) -> tuple[Any, Any, Any]:
 
 
 def tolerance(kind: str, implementation: Any) -> float:
-    """float32 all the way, but for the factors and the result, in the kernel; bf16 in between in
-    XLA. Of what is rounded in between, a number may fall the other way.
+    """In the kernel float32 all the way, but for the factors and the result (and once in between,
+    where the processor multiplies bf16); bf16 in between in XLA. Of what is rounded in between, a
+    number may fall the other way.
     """
     if kind.startswith("dynamic"):
         return 0.03
