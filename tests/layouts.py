@@ -116,6 +116,18 @@ def close_leaves(got: Any, wanted: Any, tolerance: float = 1e-5) -> None:
         close(got[name], leaf, tolerance, name)
 
 
+def close_steps(got: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    """Of weights some steps on, by leaf name: every difference is a vector of `tolerance` of the
+    leaf's length. Adam makes whole steps of gradients that are next to nothing, so that single
+    numbers may differ by more than how well sums agree.
+    """
+    assert set(got) == set(wanted)
+    for name, leaf in wanted.items():
+        one, other = np.asarray(got[name], np.float64), np.asarray(leaf, np.float64)
+        assert one.shape == other.shape, name
+        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other), name
+
+
 def random_tokens(*shape: int, vocab: int = 97) -> np.ndarray:
     """Token ids, the same for the same shape."""
     return np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)

@@ -103,8 +103,8 @@ def test_a_step_is_that_of_one_device(one: Trained, many: Trained) -> None:
         same_metrics(got, wanted)
     assert float(one.metrics[1].loss) < float(one.metrics[0].loss)
     for got, wanted in zip(many.states, one.states, strict=True):
-        layouts.close_leaves(got.trainable, wanted.trainable)
-        layouts.close_leaves(got.ema, wanted.ema)
+        layouts.close_steps(got.trainable, wanted.trainable)
+        layouts.close_steps(got.ema, wanted.ema)
         layouts.close_leaves(got.frozen, wanted.frozen, 0)
     layouts.close_leaves(numbers(many.states[-1]), numbers(one.states[-1]), 1e-4)
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_one_layout_is_restored_under_another(one: Trained, tmp_
         last, metrics = target.step(state, target.batch)
         assert target.step._cache_size() == 1
         wanted, same = source.step(source.states[-1], source.batch)
-        layouts.close_leaves(last.trainable, wanted.trainable)
+        layouts.close_steps(last.trainable, wanted.trainable)
         np.testing.assert_allclose(metrics.loss, same.loss, rtol=1e-5)
 
 
@@ -413,7 +413,7 @@ def spread(home: Path) -> Path:
 
 def same_end(one: Path, two: Path) -> None:
     a, b = (build.weights(pangu_jax.load(folder / "final")) for folder in (one, two))
-    layouts.close_leaves(a, b)
+    layouts.close_steps(a, b)
     rows = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one, two)
