@@ -7,8 +7,8 @@
 
 What a product reads is the numbers: XLA for GPU and TPU takes them to floats inside of the product
 (measured on an H100, and seen in the programs for v5p). XLA on CPU makes a float copy of the matrix
-first. There a kernel takes few rows; without one, few rows of float activations are written as
-three digits of 8 bits each, which makes an integer product of them too.
+first. There a kernel does it; without one, few rows of float activations are written as three
+digits of 8 bits each, which makes an integer product of them too.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from pangu_jax.kernels import native
-from pangu_jax.kernels.matmul import few, scaled_matmul
+from pangu_jax.kernels.matmul import scaled_matmul
 from pangu_jax.kernels.native import matrices
 from pangu_jax.parallel import boundary
 from pangu_jax.precision import exact_if_float32, wants_same_bits
@@ -56,8 +56,7 @@ def _product(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
 
 def _kernel_can(x: Array, weight: Weight, dtype: jnp.dtype) -> bool:
     fits = matrices.kind(x, weight) is not None and dtype in matrices.FLOATS
-    wanted = (x.shape[0] > 0 and few(x, weight)) or wants_same_bits()
-    return fits and wanted and native.available()
+    return fits and x.shape[0] > 0 and native.available()
 
 
 def _xla(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
@@ -73,7 +72,8 @@ def _xla(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
 
 
 def _forward(x: Array, weight: Weight, dtype: jnp.dtype) -> tuple[Array, Any]:
-    return _product(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+    # Not the kernel: a product is what the backward pass need not compute again (`model.Remat`).
+    return _xla(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
 
 
 def _backward(dtype: jnp.dtype, kept: Any, grad: Array) -> tuple[Array, None]:

@@ -1,38 +1,20 @@
 """Rows of activations times a matrix of weights kept in [out, in] order."""
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pangu_jax.kernels import native
+from pangu_jax.kernels.choice import Kernel, choose
 from pangu_jax.kernels.matmul import xla
 from pangu_jax.kernels.native import matrices
-from pangu_jax.parallel import boundary
-from pangu_jax.precision import exact_if_float32, wants_same_bits
+from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant.weight import Weight
 
 Implementation = Literal["xla", "native"]
-
-# Rows up to which the kernel is at least as fast on CPU as XLA (measured; docs/benchmarks.md), but
-# for a single float32 row, which XLA multiplies as fast as memory is.
-MOST_ROWS = 64
-MOST_ROWS_OF_FLOAT32 = 8
-MOST_ROWS_OF_INT4 = 256
-
-
-def few(x: Float[Array, "N D"], weight: Any) -> bool:
-    """Whether there are so few rows that the kernel is at least as fast with such a matrix."""
-    if isinstance(weight, Weight):
-        most = MOST_ROWS_OF_INT4 if weight.scheme.numbers == "int4" else MOST_ROWS
-    else:
-        float32 = getattr(weight, "dtype", None) == jnp.float32
-        most = MOST_ROWS_OF_FLOAT32 if float32 else MOST_ROWS
-    return x.shape[0] <= most
 
 
 def matmul(
@@ -45,46 +27,23 @@ def matmul(
 
     dtype: of the result, when it is not that of the factors
 
-    On CPU, `native` reads bf16 weights as fast as memory gives them, where XLA makes a float32 copy
-    first. A row's results there are the same to the last bit however many rows there are.
+    `native` (CPU) is as fast as XLA or faster (docs/benchmarks.md) for all but a single float32
+    row, which XLA multiplies as fast as memory is. Within `precision.same_bits` a row's results are
+    the same to the last bit however many rows there are.
     """
-    if implementation == "xla" or not _can(x, weight, implementation):
-        return xla.matmul(x, weight, dtype)
-    x, weight = boundary.varying((x, weight))
-    return _best(x, weight, jnp.dtype(dtype or x.dtype), implementation == "native")
 
+    def why_not() -> str:
+        fits = matrices.kind(x, weight) is not None and min(*x.shape, *weight.shape) > 0
+        fast = x.shape[0] > 1 or x.dtype != jnp.float32
+        wanted = fast or wants_same_bits() or implementation == "native"
+        return native.why_not() or ("" if fits and wanted else f"{x.dtype} times {weight.dtype}")
 
-def _can(x: Array, weight: Array, implementation: Implementation | None) -> bool:
-    fits = (
-        x.dtype in matrices.FLOATS and weight.dtype == x.dtype and min(*x.shape, *weight.shape) > 0
-    )
-    if implementation == "native":
-        if not (fits and native.available()):
-            raise NotImplementedError(native.why_not() or f"{x.dtype} times {weight.dtype}")
-        return True
-    wanted = few(x, weight) and not (x.shape[0] == 1 and x.dtype == jnp.float32)
-    return fits and (wanted or wants_same_bits()) and native.available()
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _best(x: Array, weight: Array, dtype: jnp.dtype, forced: bool) -> Array:
     def kernel(x: Array, weight: Array) -> Array:
         none = jnp.zeros(0, jnp.float32)
-        shape = x.shape[0], weight.shape[0]
-        return native.call("pangu_matmul", shape, dtype, x, weight, none, integers=False)
+        return _call(x, weight, none, dtype or x.dtype, integers=False)
 
-    if forced:
-        return kernel(x, weight)
     plain = functools.partial(xla.matmul, dtype=dtype)
-    return lax.platform_dependent(x, weight, cpu=kernel, default=plain)
-
-
-@_best.defjvp
-def _best_jvp(dtype: jnp.dtype, forced: bool, primals: tuple, tangents: tuple) -> tuple:
-    (x, weight), (to_x, to_weight) = primals, tangents
-    with exact_if_float32(x.dtype):  # traced outside of the model's own request
-        tangent = xla.plain(to_x, weight, dtype) + xla.plain(x, to_weight, dtype)
-        return _best(x, weight, dtype, forced), tangent
+    return choose(plain, implementation, {"native": Kernel(kernel, "cpu", why_not)})(x, weight)
 
 
 def scaled_matmul(x: Float[Array, "N D"], weight: Weight, dtype: DTypeLike) -> Float[Array, "N E"]:
@@ -94,7 +53,13 @@ def scaled_matmul(x: Float[Array, "N D"], weight: Weight, dtype: DTypeLike) -> F
     `quant.rows.quantize` does. The numbers of int4 times their scale are rounded to bf16 where x is
     bf16 and the processor multiplies it.
     """
-    shape = x.shape[0], weight.shape[0]
     integers = weight.scheme.activations == "dynamic"
-    numbers, scale = weight.numbers, weight.scale
-    return native.call("pangu_matmul", shape, dtype, x, numbers, scale, integers=integers)
+    return _call(x, weight.numbers, weight.scale, dtype, integers)
+
+
+def _call(x: Array, matrix: Array, scale: Array, dtype: DTypeLike, integers: bool) -> Array:
+    shape, flags = (
+        (x.shape[0], matrix.shape[0]),
+        dict(integers=integers, same_bits=wants_same_bits()),
+    )
+    return native.call("pangu_matmul", shape, dtype, x, matrix, scale, **flags)

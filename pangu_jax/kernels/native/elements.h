@@ -4,7 +4,13 @@
 // int8 is summed exactly in int32 (D < 2^17). int4 is scaled in float32, and rounded to the other
 // factor's dtype, before it is multiplied. For many rows a matrix is taken to the kind `Unpacked`
 // first, whose products are the same to the last bit.
+//
+// Where a product goes across rows of x (across.h), a `unit` is `kPack` numbers of a row in 32 bits, and
+// a vector of type `Across` has those of as many rows; `everywhere` is as many numbers of w for all of
+// them, and `start` what a row's sum begins with. `kAcross` says of which kinds w may be then.
 #pragma once
+
+#include <type_traits>
 
 #include "vec.h"
 
@@ -27,9 +33,18 @@ struct OfFloats {
   static Sum all(Lanes sums) { return total(sums); }
   static float one_factor(X x) { return x; }
   static Sum add_one(Sum sum, float w, float x) { return fused(w, x, sum); }
+
+  using Across = Floats;
+  static constexpr bool kAcross = false;
+  static constexpr int kPack = 1;
+  static uint32_t unit(const float* x) { return bits<uint32_t>(*x); }
+  static Sum start(const X*, int64_t) { return 0; }
+  static Across everywhere(const float* w) { return splat(*w); }
+  static Across add_across(Across sums, Across w, Across x) { return fused(w, x, sums); }
 };
 
 struct F32 : OfFloats {
+  static constexpr bool kAcross = true;
   using type = float;
   using Unpacked = F32;
   static Lanes load(const type* from) { return vector_at<Floats>(from); }
@@ -94,9 +109,22 @@ struct OfBF16 {
   static Sum all(Lanes sums) { return total(sums); }
   static float one_factor(X x) { return BF16::one(x); }
   static Sum add_one(Sum sum, float w, float x) { return fused(w, x, sum); }
+
+  using Across = Floats;
+  static constexpr bool kAcross = false;
+  static constexpr int kPack = 2;
+  static uint32_t unit(const uint16_t* x) { return vector_at<uint32_t>(x); }
+  static Sum start(const X*, int64_t) { return 0; }
+  static Across everywhere(const uint16_t* w) {
+    return bits<Floats>(_mm512_set1_epi32(vector_at<int32_t>(w)));
+  }
+  static Across add_across(Across sums, Across w, Across x) {
+    return add(sums, bits<__m512i>(w), bits<__m512i>(x));
+  }
 };
 
 struct BF16xBF16 : OfBF16 {
+  static constexpr bool kAcross = true;
   using type = uint16_t;
   using Unpacked = BF16xBF16;
   static __m512i load(const type* from) { return _mm512_loadu_si512(from); }
@@ -258,19 +286,71 @@ struct OfIntegers {
     return sum;
 #endif
   }
+
+#if defined(__AVX512VNNI__)
+  using Across = __m512i;
+  static constexpr int kPack = 4;
+  static constexpr bool kAcrossBytes = true;
+  static uint32_t unit(const int16_t* x) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < kPack; ++i) bytes |= uint32_t(uint8_t(x[i])) << 8 * i;
+    return bytes;
+  }
+  // The instruction wants one factor without a sign: it is w plus 128.
+  static Sum start(const X* x, int64_t D) {
+    Sum sum = 0;
+    for (int64_t d = 0; d < D; ++d) sum += x[d];
+    return -128 * sum;
+  }
+  static Across everywhere(const int8_t* w) {
+    const __m512i numbers = _mm512_set1_epi32(vector_at<int32_t>(w));
+    return _mm512_xor_si512(numbers, _mm512_set1_epi8(-128));
+  }
+  static Across add_across(Across sums, Across w, Across x) {
+    // By name, as GCC 12 keeps sums of the intrinsic in memory.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
+    return sums;
+  }
+#elif defined(__AVX2__)
+  using Across = Lanes;
+  static constexpr bool kAcrossBytes = false;
+  static constexpr int kPack = 2;
+  static uint32_t unit(const int16_t* x) { return vector_at<uint32_t>(x); }
+  static Sum start(const X*, int64_t) { return 0; }
+#if defined(__AVX512BW__)
+  static Across everywhere(const int16_t* w) { return _mm512_set1_epi32(vector_at<int32_t>(w)); }
+#else
+  static Across everywhere(const int16_t* w) { return _mm256_set1_epi32(vector_at<int32_t>(w)); }
+#endif
+  static Across add_across(Across sums, Across w, Across x) { return add(sums, w, x); }
+#else
+  using Across = Ints;
+  static constexpr bool kAcrossBytes = true;
+  static constexpr int kPack = 1;
+  static uint32_t unit(const int16_t* x) { return uint32_t(int32_t(*x)); }
+  static Sum start(const X*, int64_t) { return 0; }
+  static Across everywhere(const int8_t* w) { return Ints{} + int32_t(*w); }
+  static Across add_across(Across sums, Across w, Across x) { return sums + w * x; }
+#endif
 };
 
 struct I16xI8 : OfIntegers {
+  static constexpr bool kAcross = !kAcrossBytes;
   using type = int16_t;
   using Unpacked = I16xI8;
   static int32_t one(type x) { return x; }
 };
 
 struct I8xI8 : OfIntegers {
+  static constexpr bool kAcross = kAcrossBytes;
   using type = int8_t;
   using Unpacked = I16xI8;
   static int32_t one(type x) { return x; }
   static int16_t unpacked(type x) { return x; }
 };
+
+// What a matrix is multiplied as by many rows.
+template <class W>
+using Many = std::conditional_t<W::kAcross, W, typename W::Unpacked>;
 
 }  // namespace pangu

@@ -45,14 +45,17 @@ struct Pairs {
   int64_t count(int64_t e) const { return begin[e + 1] - begin[e]; }
 };
 
-// Rows as a kind of matrix wants its factors: float32, bf16, or int8 with a scale each.
+// The rows of all pairs as a kind of matrix wants its factors: float32, bf16, or int8 with a scale
+// each; and those of every expert that is used, once all of them are set.
 template <class W>
 struct Factors {
+  int64_t width;
   std::vector<typename W::X> rows;
   std::vector<float> scale;
+  std::vector<Rows<W>> of;
 
-  Factors(int64_t count, int64_t width) : rows(count * width), scale(count, 1.0f) {}
-  void set(int64_t at, const float* from, int64_t width) {
+  Factors(int64_t count, int64_t width) : width(width), rows(count * width), scale(count, 1.0f) {}
+  void set(int64_t at, const float* from) {
     auto* to = rows.data() + at * width;
     if constexpr (std::is_same_v<typename W::X, float>) {
       std::copy(from, from + width, to);
@@ -61,6 +64,15 @@ struct Factors {
     } else {
       scale[at] = round_row(from, width, to);
     }
+  }
+  void divide(ffi::ThreadPool& pool, const Pairs& pairs, bool same_bits) {
+    of.reserve(pairs.used.size());
+    std::vector<std::pair<int64_t, int64_t>> panels;
+    for (const int64_t e : pairs.used) {
+      of.emplace_back(rows.data() + pairs.begin[e] * width, pairs.count(e), width, same_bits);
+      for (int64_t p = 0; p < of.back().panels(); ++p) panels.emplace_back(of.size() - 1, p);
+    }
+    each(pool, int64_t(panels.size()), [&](int64_t i) { of[panels[i].first].many->fill(panels[i].second); });
   }
 };
 
@@ -93,51 +105,70 @@ void silu(float* x, int64_t count) {
   std::memcpy(x + i, &rest, (count - i) * sizeof(float));
 }
 
-// Rows of a matrix to a piece of work, each of them multiplied with so many rows of activations.
-int64_t piece(int64_t width, int64_t rows) {
-  return std::max<int64_t>(4, kPiece / width / rows / kTileW) * kTileW;
+// Some rows of one expert's matrix.
+struct Piece {
+  int64_t used, begin, end;  // `used` counts the experts that are
+};
+
+// Those of matrices of `outputs` rows each.
+template <class W>
+std::vector<Piece> pieces(const Factors<W>& x, int64_t outputs) {
+  std::vector<Piece> all;
+  for (int64_t i = 0; i < int64_t(x.of.size()); ++i) {
+    const int64_t size = x.of[i].piece(outputs, kPiece / x.width / x.of[i].N);
+    for (int64_t begin = 0; begin < outputs; begin += size)
+      all.push_back({i, begin, std::min(outputs, begin + size)});
+  }
+  return all;
 }
 
 template <class W>
-void mix(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pairs,
+void mix(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* x, const Pairs& pairs,
          const Matrices<W>& gate_up, const Matrices<W>& down, float* y) {
-  const int64_t P = pairs.count(), used = int64_t(pairs.used.size());
+  const int64_t P = pairs.count();
   Factors<W> in(P, s.D), between(P, s.F);
   std::vector<float> inner(P * s.F);
-  each(pool, P, [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D, s.D); });
+  each(pool, P, [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D); });
+  in.divide(pool, pairs, same_bits);
 
-  const int64_t size = piece(s.D, (P + used - 1) / used), pieces = (s.F + size - 1) / size;
-  each(pool, used * pieces, [&](int64_t i) {
-    const int64_t e = pairs.used[i / pieces], first = pairs.begin[e], count = pairs.count(e);
-    const int64_t begin = i % pieces * size, end = std::min(s.F, begin + size);
-    const auto* rows = in.rows.data() + first * s.D;
+  const auto parts = pieces(in, s.F);
+  each(pool, int64_t(parts.size()), [&](int64_t i) {
+    const auto [used, begin, end] = parts[i];
+    const int64_t e = pairs.used[used], first = pairs.begin[e], count = pairs.count(e);
     const int64_t gate = e * 2 * s.F, up = gate + s.F;
     const auto value = [&](int64_t n, int64_t row, typename W::Sum sum) {
       return float(sum) * in.scale[first + n] * gate_up.worth(row);
     };
-    product<W>(from_row(gate_up.rows, gate, s.D), begin, end, rows, count, s.D,
-               [&](int64_t n, int64_t f, typename W::Sum sum) {
-                 inner[(first + n) * s.F + f] = value(n, gate + f, sum);
+    product<W>(from_row(gate_up.rows, gate, s.D), begin, end, in.of[used],
+               [&](int64_t n, int64_t f, const typename W::Sum* sums, auto number) {
+                 float* own = &inner[(first + n) * s.F + f];
+                 for (int i = 0; i < number; ++i) own[i] = value(n, gate + f + i, sums[i]);
                });
     for (int64_t n = first; n < first + count; ++n) silu(inner.data() + n * s.F + begin, end - begin);
-    product<W>(from_row(gate_up.rows, up, s.D), begin, end, rows, count, s.D,
-               [&](int64_t n, int64_t f, typename W::Sum sum) {
-                 inner[(first + n) * s.F + f] *= value(n, up + f, sum);
+    product<W>(from_row(gate_up.rows, up, s.D), begin, end, in.of[used],
+               [&](int64_t n, int64_t f, const typename W::Sum* sums, auto number) {
+                 float* own = &inner[(first + n) * s.F + f];
+                 for (int i = 0; i < number; ++i) own[i] *= value(n, up + f + i, sums[i]);
                });
   });
-  each(pool, P, [&](int64_t p) { between.set(p, inner.data() + p * s.F, s.F); });
+  each(pool, P, [&](int64_t p) { between.set(p, inner.data() + p * s.F); });
+  between.divide(pool, pairs, same_bits);
 
   // A piece is some outputs of all tokens: nobody else adds to them.
-  const int64_t outputs = piece(s.F, P);
+  int64_t outputs = 0;
+  for (const auto& rows : between.of) outputs = std::max(outputs, rows.piece(s.D, kPiece / s.F / P));
   each(pool, (s.D + outputs - 1) / outputs, [&](int64_t i) {
     const int64_t begin = i * outputs, end = std::min(s.D, begin + outputs);
-    for (const int64_t e : pairs.used) {
-      const int64_t first = pairs.begin[e], row = e * s.D;
-      product<W>(from_row(down.rows, row, s.F), begin, end, between.rows.data() + first * s.F,
-                 pairs.count(e), s.F, [&](int64_t n, int64_t d, typename W::Sum sum) {
+    for (int64_t used = 0; used < int64_t(pairs.used.size()); ++used) {
+      const int64_t e = pairs.used[used], first = pairs.begin[e], row = e * s.D;
+      product<W>(from_row(down.rows, row, s.F), begin, end, between.of[used],
+                 [&](int64_t n, int64_t d, const typename W::Sum* sums, auto number) {
                    const int64_t p = first + n;
-                   const float value = float(sum) * between.scale[p] * down.worth(row + d);
-                   y[pairs.token[p] * s.D + d] += pairs.weight[p] * value;
+                   float* own = &y[pairs.token[p] * s.D + d];
+                   for (int i = 0; i < number; ++i) {
+                     const float value = float(sums[i]) * between.scale[p] * down.worth(row + d + i);
+                     own[i] += pairs.weight[p] * value;
+                   }
                  });
     }
   });
@@ -147,7 +178,7 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
                    ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up,
                    ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
                    ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> layer, bool integers,
-                   ffi::Result<ffi::AnyBuffer> result) {
+                   bool same_bits, ffi::Result<ffi::AnyBuffer> result) {
   const auto shape = gate_up.dimensions();  // [(L,) E, 2, F, D]
   const size_t lead = shape.size() - 4;
   const Shape s{chosen.dimensions()[0], chosen.dimensions()[1], shape[lead], shape[lead + 2],
@@ -168,7 +199,7 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
       const bool each = worth && !W::kGrouped;
       return Matrices<W>{from_row(all, start, width), each ? worth + start : nullptr};
     };
-    mix<W>(pool, s, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D),
+    mix<W>(pool, s, same_bits, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D),
            of(down, down_scale, s.D, s.F), y.data());
   };
   if (pairs.count()) {
@@ -203,4 +234,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_experts, pangu::experts,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Attr<bool>("integers")
+                                  .Attr<bool>("same_bits")
                                   .Ret<xla::ffi::AnyBuffer>());

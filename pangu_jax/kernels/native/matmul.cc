@@ -13,23 +13,29 @@ namespace {
 constexpr int64_t kPiece = 128 << 10;
 constexpr int64_t kAlone = 64 << 10;
 
+// Rows of x to a piece of rounding them (own choice).
+constexpr int64_t kRows = 16;
+
 struct Shape {
   int64_t N, E, D;
 };
 
 // width: bytes of a row of w
-template <class W, class Rows, class Put>
-void multiply(ffi::ThreadPool& pool, const Shape& s, const Rows& rows, int64_t width,
-              const typename W::X* x, const Put& put) {
-  if (s.N * s.E * s.D < kAlone) return product<W>(rows, 0, s.E, x, s.N, s.D, put);
-  const int64_t size = std::max<int64_t>(4, kPiece / width / s.N / kTileW) * kTileW;
+template <class W, class Matrix, class Put>
+void multiply(ffi::ThreadPool& pool, const Shape& s, const Matrix& matrix, int64_t width,
+              const typename W::X* numbers, bool same_bits, const Put& put) {
+  Rows<W> x(numbers, s.N, s.D, same_bits);
+  each(pool, x.panels(), [&](int64_t panel) { x.many->fill(panel); });
+  if (s.N * s.E * s.D < kAlone) return product<W>(matrix, 0, s.E, x, put);
+  const int64_t size = x.piece(s.E, kPiece / width / s.N);
   each(pool, (s.E + size - 1) / size, [&](int64_t i) {
-    product<W>(rows, i * size, std::min(s.E, (i + 1) * size), x, s.N, s.D, put);
+    product<W>(matrix, i * size, std::min(s.E, (i + 1) * size), x, put);
   });
 }
 
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                  ffi::Buffer<ffi::F32> scale, bool integers, ffi::Result<ffi::AnyBuffer> y) {
+                  ffi::Buffer<ffi::F32> scale, bool integers, bool same_bits,
+                  ffi::Result<ffi::AnyBuffer> y) {
   const Shape s{x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]};
   const Output out(*y);
   const float* worth = scale.typed_data();
@@ -40,22 +46,29 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     const float* floats = floats_of(x, copy);
     std::vector<int16_t> numbers(s.N * s.D);
     std::vector<float> scales(s.N);
-    for (int64_t n = 0; n < s.N; ++n)
-      scales[n] = round_row(floats + n * s.D, s.D, numbers.data() + n * s.D);
-    const auto* rows = static_cast<const int8_t*>(w.untyped_data());
-    multiply<I8xI8>(pool, s, rows, width, numbers.data(), [&](int64_t n, int64_t e, int32_t sum) {
-      out.put(n * s.E + e, float(sum) * scales[n] * worth[e]);
+    each(pool, (s.N + kRows - 1) / kRows, [&](int64_t i) {
+      for (int64_t n = i * kRows; n < std::min(s.N, (i + 1) * kRows); ++n)
+        scales[n] = round_row(floats + n * s.D, s.D, numbers.data() + n * s.D);
     });
+    const auto* rows = static_cast<const int8_t*>(w.untyped_data());
+    const auto scaled = [&](int64_t n, int64_t e, const int32_t* sums, auto number) {
+      out.put(n * s.E + e, number, [&](int i) { return float(sums[i]) * scales[n] * worth[e + i]; });
+    };
+    multiply<I8xI8>(pool, s, rows, width, numbers.data(), same_bits, scaled);
     return ffi::Error::Success();
   }
   const auto run = [&](auto kind, const auto& put) {
     using W = decltype(kind);
     std::vector<typename W::X> copy;
     const auto rows = rows_at<W>(w.untyped_data(), worth, group);
-    multiply<W>(pool, s, rows, width, rows_of(x, copy), put);
+    multiply<W>(pool, s, rows, width, rows_of(x, copy), same_bits, put);
   };
-  const auto plain = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum); };
-  const auto scaled = [&](int64_t n, int64_t e, float sum) { out.put(n * s.E + e, sum * worth[e]); };
+  const auto plain = [&](int64_t n, int64_t e, const float* sums, auto number) {
+    out.put(n * s.E + e, number, [&](int i) { return sums[i]; });
+  };
+  const auto scaled = [&](int64_t n, int64_t e, const float* sums, auto number) {
+    out.put(n * s.E + e, number, [&](int i) { return sums[i] * worth[e + i]; });
+  };
   const bool half = x.element_type() == ffi::BF16;
   switch (w.element_type()) {
     case ffi::F32: run(F32{}, plain); break;
@@ -77,4 +90,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_matmul, pangu::matmul,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<bool>("integers")
+                                  .Attr<bool>("same_bits")
                                   .Ret<xla::ffi::AnyBuffer>());

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pangu_jax.kernels import native
+from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant.weight import Weight
 
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -52,6 +53,7 @@ def experts(
         *_parts(down),
         jnp.zeros((), jnp.int32) if layer is None else layer.astype(jnp.int32),
         integers=integers,
+        same_bits=wants_same_bits(),
     )
 
 

@@ -1,13 +1,17 @@
-// x @ w^T, rows of x and of w a few at a time: the inner loops.
+// x @ w^T, rows of x and of w a few at a time; of many rows of x that of across.h.
 //
-// Every result is one chain of sums along D, in the same order whatever the number of rows or
-// threads: what a row gets does not depend on what else is computed.
+// Every result is one chain of sums along D, in the same order whatever the number of threads. Where
+// the same bits are wanted rows are never many: what a row gets does not depend on what else is
+// computed then.
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "across.h"
 #include "elements.h"
 
 namespace pangu {
@@ -19,8 +23,15 @@ constexpr int kTileX = 3;
 // Bytes of x that are multiplied with all of a piece of w before the next ones: they stay in cache.
 constexpr int64_t kPanel = 128 << 10;
 
-// Rows of x from which rows of w are unpacked once for all of them (measured).
-constexpr int64_t kMany = 25;
+// Rows of x from which they are many, and from which rows of w are unpacked once for all of them
+// (measured).
+constexpr int64_t kMany = 16;
+constexpr int64_t kManyToUnpack = 25;
+
+// Rows of w that many rows are multiplied with before the next ones, at most, and pieces that all are
+// cut into at least (measured).
+constexpr int64_t kStay = 64;
+constexpr int64_t kPieces = 8;
 
 // The sums of one row of w.
 template <class W>
@@ -88,8 +99,8 @@ __attribute__((noinline)) void tile(const Int4Rows& w, const typename W::X* x, i
     for (int j = 0; j < RX; ++j) sums[i][j] = W::all(acc[i][j]);
 }
 
-template <class W, int RW, bool kAhead, class Rows>
-inline void tile_of(int rx, const Rows& w, const typename W::X* x, int64_t D,
+template <class W, int RW, bool kAhead, class Matrix>
+inline void tile_of(int rx, const Matrix& w, const typename W::X* x, int64_t D,
                     Sums<W>* sums) {
   static_assert(kTileX == 3);
   if (rx == 1) return tile<W, RW, 1, kAhead>(w, x, D, sums);
@@ -119,15 +130,17 @@ inline void unpack(const Int4Rows& w, int64_t count, int64_t D, To* to) {
 // Whether so many rows of x meet w as it lies, and not unpacked.
 template <class T>
 inline bool as_it_lies(const T*, int64_t N, int) {
-  return N < kMany;
+  return N < kManyToUnpack;
 }
 inline bool as_it_lies(const Int4Rows& w, int64_t N, int step) {
-  return N < kMany && w.group % step == 0;
+  return N < kManyToUnpack && w.group % step == 0;
 }
 
-// put(n, e + i, sum) for rows first <= n < last of x and the first rw rows of w.
-template <class W, bool kAhead, class Rows, class Put>
-inline void stripe(const Rows& w, int64_t e, int rw, const typename W::X* x, int64_t first,
+using One = std::integral_constant<int, 1>;
+
+// put(n, e + i, &sum, 1) for rows first <= n < last of x and the first rw rows of w.
+template <class W, bool kAhead, class Matrix, class Put>
+inline void stripe(const Matrix& w, int64_t e, int rw, const typename W::X* x, int64_t first,
                    int64_t last, int64_t D, const Put& put) {
   Sums<W> sums[kTileW];
   for (int64_t n = first; n < last; n += kTileX) {
@@ -141,16 +154,39 @@ inline void stripe(const Rows& w, int64_t e, int rw, const typename W::X* x, int
         tile_of<W, 1, false>(rx, from_row(w, i, D), x + n * D, D, sums + i);
     }
     for (int i = 0; i < rw; ++i)
-      for (int j = 0; j < rx; ++j) put(n + j, e + i, sums[i][j]);
+      for (int j = 0; j < rx; ++j) put(n + j, e + i, &sums[i][j], One());
   }
 }
 
-// put(n, e, sum) for all rows n < N of x and rows begin <= e < end of w.
-template <class W, class Rows, class Put>
-inline void product(const Rows& w, int64_t begin, int64_t end, const typename W::X* x, int64_t N,
-                    int64_t D, const Put& put) {
+// The rows that a matrix of kind W meets, x [N, D]; where they are many, they must be filled into the
+// panels before.
+template <class W>
+struct Rows {
+  using Side = Panels<Many<W>>;
+  const typename W::X* x;
+  int64_t N, D;
+  std::optional<Side> many;
+
+  Rows(const typename W::X* x, int64_t N, int64_t D, bool same_bits) : x(x), N(N), D(D) {
+    const bool unpacks = !std::is_same_v<W, Many<W>>;
+    if (!same_bits && N >= (unpacks ? kManyToUnpack : kMany)) many.emplace(x, N, D);
+  }
+  int64_t panels() const { return many ? many->count() : 0; }
+
+  // How many of `count` rows of w are a piece of work, `few` where rows are few.
+  int64_t piece(int64_t count, int64_t few) const {
+    if (!many) return std::max<int64_t>(kTileW, few / kTileW * kTileW);
+    const int64_t rows = std::min(kStay, count / kPieces);
+    return std::max<int64_t>(1, rows / kAcrossW) * kAcrossW;
+  }
+};
+
+// The same of all rows of x and rows begin <= e < end of w, rows of x being few.
+template <class W, class Matrix, class Put>
+inline void product_of_few(const Matrix& w, int64_t begin, int64_t end, const Rows<W>& x,
+                           const Put& put) {
   using U = typename W::Unpacked;
-  const int64_t width = D * int64_t(sizeof(typename W::X));
+  const int64_t N = x.N, D = x.D, width = D * int64_t(sizeof(typename W::X));
   const int64_t panel = std::max<int64_t>(1, kPanel / width / kTileX) * kTileX;
   const bool in_place = std::is_same_v<W, U> || as_it_lies(w, N, W::kStep);
   std::vector<typename U::type> room(in_place ? 0 : kTileW * D);
@@ -160,13 +196,28 @@ inline void product(const Rows& w, int64_t begin, int64_t end, const typename W:
       const int rw = int(std::min<int64_t>(kTileW, end - e));
       const auto own = from_row(w, e, D);
       if (in_place) {
-        stripe<W, true>(own, e, rw, x, first, last, D, put);
+        stripe<W, true>(own, e, rw, x.x, first, last, D, put);
       } else if constexpr (!std::is_same_v<W, U>) {
         unpack<W>(own, rw, D, room.data());
         const typename U::type* rows = room.data();
-        stripe<U, false>(rows, e, rw, x, first, last, D, put);
+        stripe<U, false>(rows, e, rw, x.x, first, last, D, put);
       }
     }
+  }
+}
+
+// put(n, e, sums, number) for all rows n < N of x and rows begin <= e < end of w: `number`, a constant of
+// the type, says for how many rows of w from e on.
+template <class W, class Matrix, class Put>
+inline void product(const Matrix& w, int64_t begin, int64_t end, const Rows<W>& x, const Put& put) {
+  if (!x.many) return product_of_few<W>(w, begin, end, x, put);
+  const int64_t D = x.D, count = end - begin;
+  if constexpr (std::is_same_v<W, Many<W>>) {
+    product_across<W>(w + begin * D, begin, count, *x.many, D, put);
+  } else {
+    const std::unique_ptr<typename Many<W>::type[]> room(new typename Many<W>::type[count * D]);
+    unpack<W>(from_row(w, begin, D), count, D, room.get());
+    product_across<Many<W>>(room.get(), begin, count, *x.many, D, put);
   }
 }
 

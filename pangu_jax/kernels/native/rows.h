@@ -34,10 +34,17 @@ class Output {
   explicit Output(ffi::AnyBuffer& buffer)
       : wide_(buffer.element_type() == ffi::F32), data_(buffer.untyped_data()) {}
   void put(int64_t at, float x) const {
+    put(at, std::integral_constant<int, 1>(), [&](int) { return x; });
+  }
+  // of(i) for each i of a number of them, which is a constant.
+  template <class Number, class Of>
+  void put(int64_t at, Number, const Of& of) const {
+    float x[Number::value];
+    for (int i = 0; i < Number::value; ++i) x[i] = of(i);
     if (wide_) {
-      static_cast<float*>(data_)[at] = x;
+      std::memcpy(static_cast<float*>(data_) + at, x, sizeof x);
     } else {
-      static_cast<uint16_t*>(data_)[at] = BF16::rounded(x);
+      for (int i = 0; i < Number::value; ++i) static_cast<uint16_t*>(data_)[at + i] = BF16::rounded(x[i]);
     }
   }
 

@@ -24,7 +24,16 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-inline Floats splat(float x) { return Floats{} + x; }
+// By name where there is one: of a sum with 0 a compiler makes a sum.
+inline Floats splat(float x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_set1_ps(x);
+#elif defined(__AVX__)
+  return (Floats)_mm256_set1_ps(x);
+#else
+  return Floats{} + x;
+#endif
+}
 
 // a * b + c, rounded once where the processor can. Written out, and contracted nowhere else: what a
 // compiler makes of a sum of products differs from loop to loop, and all of them must give the same.

@@ -9,10 +9,8 @@ from jaxtyping import Array, Float
 from pangu_jax.adapted import Adapted
 from pangu_jax.kernels import native
 from pangu_jax.kernels.choice import Kernel, choose
-from pangu_jax.kernels.matmul import few
 from pangu_jax.kernels.native import matrices
 from pangu_jax.linear import linear
-from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant.weight import Weight
 
 Implementation = Literal["xla", "native"]
@@ -26,14 +24,13 @@ def swiglu(
 ) -> Float[Array, "N D"]:
     """down(silu(gate(x)) * up(x)).
 
-    `native` (CPU, few rows) is the kernel of routed experts with one expert: what is between the
-    products stays in float32, or is rounded once to what the second one multiplies (int8; bf16
-    where the processor multiplies it).
+    `native` (CPU) is the kernel of routed experts with one expert: what is between the products
+    stays in float32, or is rounded once to what the second one multiplies (int8; bf16 where the
+    processor multiplies it).
     """
-    wanted = few(x, down) or wants_same_bits() or implementation == "native"
 
     def why_not() -> str:
-        fits = wanted and matrices.alike(x, gate_up, down)
+        fits = matrices.alike(x, gate_up, down)
         return native.why_not() or ("" if fits else "matrices of these kinds")
 
     kernels = {"native": Kernel(_native, "cpu", why_not)}

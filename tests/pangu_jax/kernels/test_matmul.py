@@ -1,5 +1,6 @@
 """Products of rows with matrices of every kind against NumPy in float64."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -12,13 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from pangu_jax.kernels import native
-from pangu_jax.kernels.matmul import (
-    MOST_ROWS,
-    MOST_ROWS_OF_FLOAT32,
-    MOST_ROWS_OF_INT4,
-    matmul,
-    scaled_matmul,
-)
+from pangu_jax.kernels.matmul import matmul, scaled_matmul
 from pangu_jax.precision import same_bits
 from pangu_jax.quant import product, rows
 from pangu_jax.quant.weight import Weight
@@ -43,6 +38,10 @@ def multiply(x: Any, held: Any, implementation: Any = None) -> Any:
 
 
 run = jax.jit(multiply, static_argnames="implementation")
+
+# Around the numbers of rows from which they are taken side by side, and of vectors of them.
+ROWS = (1, 2, 3, 5, 12, 13, 15, 16, 17, 24, 25, 32, 33, 48, 49, 65, 100)
+
 IMPLEMENTATIONS = ("native", "xla", None)
 unnamed_or_plain = pytest.mark.parametrize("implementation", [None, "xla"])
 
@@ -70,7 +69,7 @@ def check(kind: str, seed: int, N: int, E: int, D: int) -> None:
 @given(
     st.sampled_from(KINDS),
     st.integers(0, 999),
-    st.sampled_from([1, 2, 3, 5, 12, 13, 24, 25, 64, 65, 70]),
+    st.sampled_from(ROWS),
     st.sampled_from(WIDTHS),
     st.sampled_from(WIDTHS),
 )
@@ -82,7 +81,7 @@ def test_odd_shapes(kind: str, seed: int, N: int, E: int, D: int) -> None:
 @given(
     st.sampled_from(oracle.INT4),
     st.integers(0, 999),
-    st.sampled_from([1, 2, 3, 24, 25, 64, 70]),
+    st.sampled_from(ROWS),
     st.sampled_from(WIDTHS),
     st.integers(1, 3),
 )
@@ -91,7 +90,9 @@ def test_groups(kind: str, seed: int, N: int, E: int, groups: int) -> None:
 
 
 @some_kinds
-@pytest.mark.parametrize("shape", [(3, 1025, 515), (8, 9, 8195), (70, 66, 1031)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1025, 515), (8, 9, 8195), (70, 66, 1031), (200, 1025, 65)], ids=str
+)
 def test_many_pieces_and_panels(kind: str, shape: tuple[int, int, int]) -> None:
     """A matrix in pieces for several threads; rows in more panels than one."""
     check(kind, 0, *shape)
@@ -102,44 +103,47 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
     """To the last bit; the width ends in vectors and single numbers."""
     x, held = oracle.activations(kind, 0, 70, 155), oracle.matrix(kind, 1, 45, 155)
     alone = of_single_rows(x, held)
-    counts = [*range(1, 14), *range(23, 28), *range(62, 71)]
-    together = jax.jit(lambda x: [multiply(x[:n], held, "native") for n in counts])(x)
+    counts = [*range(1, 18), *range(23, 28), *range(62, 71)]
+    with same_bits():
+        together = jax.jit(lambda x: [multiply(x[:n], held, "native") for n in counts])(x)
+        turned = run(np.asarray(x)[::-1], held, "native")
     for n, first in zip(counts, together, strict=True):
         oracle.same(first, np.asarray(alone)[:n], n)
-    turned = run(np.asarray(x)[::-1], held, "native")
     oracle.same(np.asarray(turned)[::-1], alone)
+
+
+@every_kind
+def test_many_rows_do_not_depend_on_their_order(kind: str) -> None:
+    """Nor on what is next to them, where bits may depend on how many there are."""
+    x, held = oracle.activations(kind, 0, 70, 155), oracle.matrix(kind, 1, 45, 155)
+    together, turned = (np.asarray(run(rows, held, "native")) for rows in (x, np.asarray(x)[::-1]))
+    oracle.same(turned[::-1], together)
 
 
 @pytest.mark.parametrize("kind", oracle.INT4)
 def test_a_row_of_groups_does_not_depend_on_the_others(kind: str) -> None:
     x, held = oracle.activations(kind, 0, 30, 384), oracle.matrix(kind, 1, 45, 384)
     alone = of_single_rows(x, held)
-    for n in (1, 2, 3, 5, 24, 25, 30):
-        oracle.same(run(x[:n], held, "native"), np.asarray(alone)[:n], n)
-
-
-@pytest.mark.parametrize("kind", oracle.INT4[4:6])
-def test_few_rows_of_groups_go_to_the_kernel(kind: str) -> None:
-    most = MOST_ROWS_OF_INT4
-    held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, most + 1, 64)
-    assert uses_kernel(x[:1], held)
-    assert uses_kernel(x[:most], held)
-    assert not uses_kernel(x, held)
-    assert not uses_kernel(x[:1], held, "cuda")
+    with same_bits():
+        for n in (1, 2, 3, 5, 24, 25, 30):
+            oracle.same(run(x[:n], held, "native"), np.asarray(alone)[:n], n)
 
 
 @some_kinds
 def test_a_long_row_does_not_depend_on_the_others(kind: str) -> None:
     """Few such rows are a panel."""
     x, held = oracle.activations(kind, 0, 9, 8195), oracle.matrix(kind, 1, 6, 8195)
-    oracle.same(run(x, held, "native"), of_single_rows(x, held))
+    with same_bits():
+        oracle.same(run(x, held, "native"), of_single_rows(x, held))
 
 
 @some_kinds
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_is_no_number_stays_in_its_row(kind: str, implementation: Any) -> None:
-    held = oracle.matrix(kind, 1, 9, 130)
-    for N, place in ((1, 129), (13, 64)):
+    held, most = oracle.matrix(kind, 1, 9, 130), 70
+    if implementation == "xla" and oracle.is_dynamic(held):
+        most = 13  # JAX 0.10's maximum of many rows passes over NaN on CPU
+    for N, place in ((1, 129), (13, 64), (most, 129)):
         x = oracle.activations(kind, 0, N, 130).at[N - 1, place].set(jnp.nan)
         bad = np.isnan(oracle.wide(run(x, held, implementation)))
         np.testing.assert_array_equal(bad.all(1), np.arange(N) == N - 1)
@@ -258,17 +262,30 @@ def uses_kernel(x: Any, held: Any, platform: str = "cpu") -> bool:
     return "pangu_matmul" in lowered.as_text()
 
 
-@some_kinds
-def test_few_rows_go_to_the_kernel_on_cpu_alone(kind: str) -> None:
-    most = MOST_ROWS_OF_FLOAT32 if kind == "float32" else MOST_ROWS
-    held, x = oracle.matrix(kind, 1, 9, 17), oracle.activations(kind, 0, most + 1, 17)
-    assert uses_kernel(x[:most], held)
+@pytest.mark.parametrize("kind", [*KINDS, *oracle.INT4[4:6]])
+def test_where_the_kernel_is_taken(kind: str) -> None:
+    """On CPU, but for a single float32 row."""
+    held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, 300, 64)
+    assert uses_kernel(x, held)
+    assert uses_kernel(x[:2], held)
     assert uses_kernel(x[:1], held) == (kind != "float32")
-    assert not uses_kernel(x, held)
-    assert not uses_kernel(x[:most], held, "tpu")
+    assert not uses_kernel(x, held, "tpu")
+    assert not uses_kernel(x, held, "cuda")
     with same_bits():
-        assert uses_kernel(x, held)
         assert uses_kernel(x[:1], held)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("kind", [*FLOAT_KINDS, "weight-only float32"])
+def test_products_as_they_are_written_where_there_is_a_gradient(kind: str, rows: int) -> None:
+    """It is these that a backward pass keeps (`model.Remat`), not what a `cond` or kernel gave."""
+    held, x = oracle.matrix(kind, 1, 9, 17), oracle.activations(kind, 0, rows, 17)
+    for without in (contextlib.nullcontext, native.without):
+        with without():
+            text = str(jax.make_jaxpr(jax.grad(lambda x: multiply(x, held).sum()))(x))
+        assert "dot_general" in text
+        assert "ffi_call" not in text
+        assert "cond[" not in text or isinstance(held, Weight)
 
 
 @some_kinds
