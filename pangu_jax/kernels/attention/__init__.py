@@ -12,6 +12,7 @@ from pangu_jax.kernels.attention import cudnn, full, mosaic, pages
 from pangu_jax.kernels.choice import Kernel, choose
 from pangu_jax.kernels.native import matrices
 from pangu_jax.paged import AnyMeta, Grid, PagedMeta
+from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant.cached import Rows
 
 Implementation = Literal["xla", "native", "mosaic"]
@@ -54,9 +55,9 @@ def attend_cached(
     scales: fixed ones of an int8 cache, of each head's keys and values
 
     `native` (CPU) reads slots where they lie, up to the last one that a row's queries may see. What
-    a row gets does not depend on other rows or pages, nor on how many of its queries come at once,
-    to the last bit (where all that they see are numbers). `mosaic` (NVIDIA's Hopper) reads them
-    there too.
+    a row gets does not depend on other rows or pages; within `precision.same_bits`, nor on how many
+    of its queries come at once, to the last bit (where all that they see are numbers). `mosaic`
+    (NVIDIA's Hopper) reads them there too.
     """
     keys = cache.keys
     if isinstance(keys, Rows) and keys.scale is None and keys.channels is None and scales is None:
@@ -141,6 +142,7 @@ def _native(queries: Array, cache: LayerCache, grid: Grid, scales: Array | None)
         grid.tables.astype(jnp.int32),
         jnp.where(grid.valid, grid.positions, -1).astype(jnp.int32),
         layer if cache.layer is None else cache.layer.astype(jnp.int32),
+        same_bits=wants_same_bits(),
     )
     if scales is None:
         return mixed

@@ -71,8 +71,8 @@ struct BF16 : OfFloats {
   // To the nearest, of two as near to the even one, as XLA rounds; NaN stays NaN.
   static type rounded(float x) {
     const auto all = bits<uint32_t>(x);
-    if (x != x) return type((all >> 16) | 0x40);
-    return type((all + 0x7fff + ((all >> 16) & 1)) >> 16);
+    const uint32_t nearest = (all + 0x7fff + ((all >> 16) & 1)) >> 16;
+    return type((all & 0x7fffffff) > 0x7f800000 ? all >> 16 | 0x40 : nearest);
   }
 };
 

@@ -1,6 +1,7 @@
 // Rows of activations: float32 of either dtype, and rounded to int8.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -27,6 +28,25 @@ inline const float* rows_of(const ffi::AnyBuffer& buffer, std::vector<float>& co
 inline const uint16_t* rows_of(const ffi::AnyBuffer& buffer, std::vector<uint16_t>&) {
   return reinterpret_cast<const uint16_t*>(buffer.untyped_data());  // bf16
 }
+
+// Reads a float32 or bf16 buffer as float32.
+class Input {
+ public:
+  explicit Input(ffi::AnyBuffer& buffer)
+      : wide_(buffer.element_type() == ffi::F32), data_(buffer.untyped_data()) {}
+  void get(int64_t at, int64_t count, float* to) const {
+    if (wide_) {
+      std::copy_n(static_cast<const float*>(data_) + at, count, to);
+    } else {
+      const auto* from = static_cast<const uint16_t*>(data_) + at;
+      for (int64_t i = 0; i < count; ++i) to[i] = BF16::one(from[i]);
+    }
+  }
+
+ private:
+  bool wide_;
+  const void* data_;
+};
 
 // Writes float32 results to a float32 or bf16 buffer.
 class Output {

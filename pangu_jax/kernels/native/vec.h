@@ -35,6 +35,17 @@ inline Floats splat(float x) {
 #endif
 }
 
+// Keeps a vector in a register, where GCC would load it again for every use.
+inline void hold(Floats& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__AVX__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // a * b + c, rounded once where the processor can. Written out, and contracted nowhere else: what a
 // compiler makes of a sum of products differs from loop to loop, and all of them must give the same.
 inline float fused(float a, float b, float c) {
