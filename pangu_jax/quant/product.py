@@ -7,8 +7,8 @@
 
 What a product reads is the numbers: XLA for GPU and TPU takes them to floats inside of the product
 (measured on an H100, and seen in the programs for v5p). XLA on CPU makes a float copy of the matrix
-first. There a kernel does it; without one, few rows of float activations are written as three
-digits of 8 bits each, which makes an integer product of them too.
+first. There a kernel does it, but for fp8 and static activations; without one, few rows of float
+activations are written as three digits of 8 bits each, which makes an integer product of them too.
 """
 
 import functools
@@ -73,7 +73,8 @@ def _xla(x: Array, weight: Weight, dtype: jnp.dtype) -> Array:
 
 def _forward(x: Array, weight: Weight, dtype: jnp.dtype) -> tuple[Array, Any]:
     # Not the kernel: a product is what the backward pass need not compute again (`model.Remat`).
-    return _xla(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+    with exact_if_float32(x.dtype):  # traced outside of the model's own request
+        return _xla(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
 
 
 def _backward(dtype: jnp.dtype, kept: Any, grad: Array) -> tuple[Array, None]:

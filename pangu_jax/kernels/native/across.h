@@ -1,7 +1,7 @@
 // x @ w^T of many rows of x: a number of w meets a vector of numbers, each of another row.
 //
 // The rows stand side by side in panels, 32 bits of each at a time (one float32, two bf16 or int16,
-// four int8). Nothing is added up within a vector, and w is read as it lies. A result is one chain of
+// four int8). Nothing is added up within a vector, and w need not be packed. A result is one chain of
 // sums along D, in another order than that of product.h: of floats the last bits may differ.
 #pragma once
 
@@ -81,6 +81,7 @@ __attribute__((noinline)) void tile_across(const typename U::type* w, int64_t D,
                                            const uint32_t* units, const typename U::Sum* start,
                                            typename U::Sum* sums) {
   using Across = typename U::Across;
+  static_assert(sizeof(Across) == kLanes * sizeof(typename U::Sum));
   Across acc[RW][NV];
   for (int i = 0; i < RW; ++i)
     for (int v = 0; v < NV; ++v) acc[i][v] = vector_at<Across>(start + v * kLanes);

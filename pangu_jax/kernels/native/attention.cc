@@ -23,50 +23,70 @@ struct Pages {
   const float* scale;
 };
 
-// By Q, one of the forms of queries.
-template <class Q, class C>
-void attend(ffi::ThreadPool& pool, const Shape& s, const Input& queries, const Pages<C>& keys,
-            const Pages<C>& values, const int32_t* tables, const int32_t* positions,
-            const Output& out) {
-  const int64_t all = s.T * s.g, tiles = (all + Q::kMost - 1) / Q::kMost;
-  each(pool, s.R * s.K * tiles, [&](int64_t i) {
-    const int64_t r = i / (s.K * tiles), k = i / tiles % s.K, first = i % tiles * Q::kMost;
-    const auto place = [&](int64_t q) {  // of query q of this head, in the order [R, T, K, g]
-      return ((r * s.T + q / s.g) * s.K + k) * s.g + q % s.g;
-    };
+// All that is asked for, in any form of cache.
+template <class C>
+struct Attention {
+  Shape s;
+  Input queries;
+  Pages<C> keys, values;
+  const int32_t *tables, *positions;
+  Output out;
+
+  // Of query q of head k of row r, in the order [R, T, K, g].
+  int64_t place(int64_t r, int64_t k, int64_t q) const {
+    return (((r * s.T + q / s.g) * s.K + k) * s.g + q % s.g) * s.H;
+  }
+
+  // Slots from `start` on, which lie side by side.
+  Span<C> span(int64_t r, int64_t k, int64_t start, int64_t seen) const {
+    const int64_t slot = start % s.Z, slots = std::min({kSlots, s.Z - slot, seen - start});
+    const int64_t page = std::clamp<int64_t>(tables[r * s.P + start / s.Z], 0, s.M - 1);
+    const int64_t at = (page * s.K + k) * s.Z + slot;
+    return {keys.numbers + at * s.H,
+            values.numbers + at * s.H,
+            keys.scale ? keys.scale + at : nullptr,
+            values.scale ? values.scale + at : nullptr,
+            start,
+            slots};
+  }
+
+  // Some queries, by one of their forms.
+  template <class Q>
+  void tile(int64_t r, int64_t k, int64_t first, int64_t end) const {
     Q own(s.H);
     std::vector<float> query(s.H);
-    const int64_t end = std::min(all, first + Q::kMost);
     for (int64_t q = first; q < end; ++q) {
-      queries.get(place(q) * s.H, s.H, query.data());
+      queries.get(place(r, k, q), s.H, query.data());
       own.add(query.data(), positions + r * s.T + q / s.g);
     }
     const int64_t seen = std::min<int64_t>(own.last_position() + 1, s.P * s.Z);
-    const auto span = [&](int64_t start) {
-      const int64_t slot = start % s.Z, slots = std::min({kSlots, s.Z - slot, seen - start});
-      const int64_t page = std::clamp<int64_t>(tables[r * s.P + start / s.Z], 0, s.M - 1);
-      const int64_t at = (page * s.K + k) * s.Z + slot;
-      return Span<C>{keys.numbers + at * s.H,
-                     values.numbers + at * s.H,
-                     keys.scale ? keys.scale + at : nullptr,
-                     values.scale ? values.scale + at : nullptr,
-                     start,
-                     slots};
-    };
     for (int64_t start = 0; start < seen;) {
-      const Span<C> now = span(start);
+      const Span<C> now = span(r, k, start, seen);
       start += now.slots;
-      see(own, now, start < seen ? span(start) : now);
+      see(own, now, start < seen ? span(r, k, start, seen) : now);
     }
     for (int64_t q = 0; q < own.count; ++q) {
       const float share = own.share(q);
       constexpr int kNumbers = 16;  // a head has a multiple of them
       for (int64_t h = 0; h < s.H; h += kNumbers)
-        out.put(place(first + q) * s.H + h, std::integral_constant<int, kNumbers>(),
+        out.put(place(r, k, first + q) + h, std::integral_constant<int, kNumbers>(),
                 [&](int i) { return own.mixed[q * s.H + h + i] * share; });
     }
-  });
-}
+  }
+
+  void all(ffi::ThreadPool& pool, bool same_bits) const {
+    const int64_t count = s.T * s.g;
+    const bool many = count >= kManyQueries && !same_bits;
+    const int64_t most = many ? QueriesAcross::kMost : Queries::kMost;
+    const int64_t tiles = (count + most - 1) / most;
+    each(pool, s.R * s.K * tiles, [&](int64_t i) {
+      const int64_t r = i / (s.K * tiles), k = i / tiles % s.K, first = i % tiles * most;
+      const int64_t end = std::min(count, first + most);
+      if (many && end - first >= kManyQueries) return tile<QueriesAcross>(r, k, first, end);
+      tile<Queries>(r, k, first, end);
+    });
+  }
+};
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys,
                      ffi::AnyBuffer values, ffi::Buffer<ffi::F32> key_scale,
@@ -77,9 +97,6 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffe
   const size_t lead = held.size() - 4;
   const Shape s{q[0], q[1], q[2], q[3], q[4], held[lead], held[lead + 2], tables.dimensions()[1]};
   const int64_t slots = (lead ? layer.typed_data()[0] : 0) * held[lead] * s.K * s.Z;
-  const Input floats(queries);
-  const Output out(*mixed);
-
   const auto run = [&](auto kind) {
     using C = decltype(kind);
     const auto of = [&](ffi::AnyBuffer& numbers, ffi::Buffer<ffi::F32>& scale) {
@@ -87,13 +104,14 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffe
       const bool scaled = scale.element_count() > 0;
       return Pages<C>{data + slots * s.H, scaled ? scale.typed_data() + slots : nullptr};
     };
-    const auto by = [&](auto* form) {
-      attend<std::remove_pointer_t<decltype(form)>>(
-          pool, s, floats, of(keys, key_scale), of(values, value_scale), tables.typed_data(),
-          positions.typed_data(), out);
-    };
-    if (same_bits || s.T * s.g < kManyQueries) return by(static_cast<Queries*>(nullptr));
-    by(static_cast<QueriesAcross*>(nullptr));
+    const Attention<C> asked{s,
+                             Input(queries),
+                             of(keys, key_scale),
+                             of(values, value_scale),
+                             tables.typed_data(),
+                             positions.typed_data(),
+                             Output(*mixed)};
+    asked.all(pool, same_bits);
   };
   switch (keys.element_type()) {
     case ffi::F32: run(F32{}); break;

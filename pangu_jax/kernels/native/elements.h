@@ -2,8 +2,8 @@
 // is (`X`), what sums are kept in while a row is multiplied (`Lanes`, `kStep` numbers at a time), and
 // what comes out (`Sum`). float32, bf16 and int8 are widened, exactly, and summed in float32; int8 x
 // int8 is summed exactly in int32 (D < 2^17). int4 is scaled in float32, and rounded to the other
-// factor's dtype, before it is multiplied. For many rows a matrix is taken to the kind `Unpacked`
-// first, whose products are the same to the last bit.
+// factor's dtype, before it is multiplied. For more than a few rows a matrix is taken to the kind
+// `Unpacked` first, whose products in the same order are the same to the last bit.
 //
 // Where a product goes across rows of x (across.h), a `unit` is `kPack` numbers of a row in 32 bits, and
 // a vector of type `Across` has those of as many rows; `everywhere` is as many numbers of w for all of
@@ -311,7 +311,7 @@ struct OfIntegers {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
     return sums;
   }
-#elif defined(__AVX2__)
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
   using Across = Lanes;
   static constexpr bool kAcrossBytes = false;
   static constexpr int kPack = 2;

@@ -72,7 +72,10 @@ struct Factors {
       of.emplace_back(rows.data() + pairs.begin[e] * width, pairs.count(e), width, same_bits);
       for (int64_t p = 0; p < of.back().panels(); ++p) panels.emplace_back(of.size() - 1, p);
     }
-    each(pool, int64_t(panels.size()), [&](int64_t i) { of[panels[i].first].many->fill(panels[i].second); });
+    each(pool, int64_t(panels.size()), [&](int64_t i) {
+      const auto [used, panel] = panels[i];
+      of[used].many->fill(panel);
+    });
   }
 };
 
@@ -107,58 +110,69 @@ void silu(float* x, int64_t count) {
 
 // Some rows of one expert's matrix.
 struct Piece {
-  int64_t used, begin, end;  // `used` counts the experts that are
+  int64_t used, begin, end;  // `used`: the expert's place in Pairs::used
 };
 
 // Those of matrices of `outputs` rows each.
 template <class W>
-std::vector<Piece> pieces(const Factors<W>& x, int64_t outputs) {
+std::vector<Piece> pieces(const Factors<W>& x, int64_t outputs, int64_t threads) {
   std::vector<Piece> all;
   for (int64_t i = 0; i < int64_t(x.of.size()); ++i) {
-    const int64_t size = x.of[i].piece(outputs, kPiece / x.width / x.of[i].N);
+    const int64_t size = x.of[i].piece(outputs, kPiece / x.width / x.of[i].N, threads);
     for (int64_t begin = 0; begin < outputs; begin += size)
       all.push_back({i, begin, std::min(outputs, begin + size)});
   }
   return all;
 }
 
+// silu(gate(x)) * up(x) of every pair, [pairs, F].
 template <class W>
-void mix(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* x, const Pairs& pairs,
-         const Matrices<W>& gate_up, const Matrices<W>& down, float* y) {
-  const int64_t P = pairs.count();
-  Factors<W> in(P, s.D), between(P, s.F);
-  std::vector<float> inner(P * s.F);
-  each(pool, P, [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D); });
+std::vector<float> inside(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* x,
+                          const Pairs& pairs, const Matrices<W>& gate_up) {
+  Factors<W> in(pairs.count(), s.D);
+  each(pool, pairs.count(), [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D); });
   in.divide(pool, pairs, same_bits);
 
-  const auto parts = pieces(in, s.F);
+  std::vector<float> inner(pairs.count() * s.F);
+  const auto parts = pieces(in, s.F, pool.num_threads());
   each(pool, int64_t(parts.size()), [&](int64_t i) {
-    const auto [used, begin, end] = parts[i];
-    const int64_t e = pairs.used[used], first = pairs.begin[e], count = pairs.count(e);
+    const Piece part = parts[i];
+    const int64_t e = pairs.used[part.used], first = pairs.begin[e], count = pairs.count(e);
     const int64_t gate = e * 2 * s.F, up = gate + s.F;
     const auto value = [&](int64_t n, int64_t row, typename W::Sum sum) {
       return float(sum) * in.scale[first + n] * gate_up.worth(row);
     };
-    product<W>(from_row(gate_up.rows, gate, s.D), begin, end, in.of[used],
+    product<W>(from_row(gate_up.rows, gate, s.D), part.begin, part.end, in.of[part.used],
                [&](int64_t n, int64_t f, const typename W::Sum* sums, auto number) {
                  float* own = &inner[(first + n) * s.F + f];
                  for (int i = 0; i < number; ++i) own[i] = value(n, gate + f + i, sums[i]);
                });
-    for (int64_t n = first; n < first + count; ++n) silu(inner.data() + n * s.F + begin, end - begin);
-    product<W>(from_row(gate_up.rows, up, s.D), begin, end, in.of[used],
+    for (int64_t n = first; n < first + count; ++n)
+      silu(inner.data() + n * s.F + part.begin, part.end - part.begin);
+    product<W>(from_row(gate_up.rows, up, s.D), part.begin, part.end, in.of[part.used],
                [&](int64_t n, int64_t f, const typename W::Sum* sums, auto number) {
                  float* own = &inner[(first + n) * s.F + f];
                  for (int i = 0; i < number; ++i) own[i] *= value(n, up + f + i, sums[i]);
                });
   });
-  each(pool, P, [&](int64_t p) { between.set(p, inner.data() + p * s.F); });
+  return inner;
+}
+
+// y [N, D] += weight * down(inner) of every pair.
+template <class W>
+void outside(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* inner,
+             const Pairs& pairs, const Matrices<W>& down, float* y) {
+  const int64_t P = pairs.count();
+  Factors<W> between(P, s.F);
+  each(pool, P, [&](int64_t p) { between.set(p, inner + p * s.F); });
   between.divide(pool, pairs, same_bits);
 
   // A piece is some outputs of all tokens: nobody else adds to them.
-  int64_t outputs = 0;
-  for (const auto& rows : between.of) outputs = std::max(outputs, rows.piece(s.D, kPiece / s.F / P));
-  each(pool, (s.D + outputs - 1) / outputs, [&](int64_t i) {
-    const int64_t begin = i * outputs, end = std::min(s.D, begin + outputs);
+  int64_t size = 0;
+  for (const auto& rows : between.of)
+    size = std::max(size, rows.piece(s.D, kPiece / s.F / P, pool.num_threads()));
+  each(pool, (s.D + size - 1) / size, [&](int64_t i) {
+    const int64_t begin = i * size, end = std::min(s.D, begin + size);
     for (int64_t used = 0; used < int64_t(pairs.used.size()); ++used) {
       const int64_t e = pairs.used[used], first = pairs.begin[e], row = e * s.D;
       product<W>(from_row(down.rows, row, s.F), begin, end, between.of[used],
@@ -199,8 +213,9 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
       const bool each = worth && !W::kGrouped;
       return Matrices<W>{from_row(all, start, width), each ? worth + start : nullptr};
     };
-    mix<W>(pool, s, same_bits, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D),
-           of(down, down_scale, s.D, s.F), y.data());
+    const auto inner = inside(pool, s, same_bits, floats, pairs,
+                              of(gate_up, gate_up_scale, 2 * s.F, s.D));
+    outside(pool, s, same_bits, inner.data(), pairs, of(down, down_scale, s.D, s.F), y.data());
   };
   if (pairs.count()) {
     switch (down.element_type()) {

@@ -25,9 +25,12 @@ template <class W, class Matrix, class Put>
 void multiply(ffi::ThreadPool& pool, const Shape& s, const Matrix& matrix, int64_t width,
               const typename W::X* numbers, bool same_bits, const Put& put) {
   Rows<W> x(numbers, s.N, s.D, same_bits);
+  if (s.N * s.E * s.D < kAlone) {
+    for (int64_t panel = 0; panel < x.panels(); ++panel) x.many->fill(panel);
+    return product<W>(matrix, 0, s.E, x, put);
+  }
   each(pool, x.panels(), [&](int64_t panel) { x.many->fill(panel); });
-  if (s.N * s.E * s.D < kAlone) return product<W>(matrix, 0, s.E, x, put);
-  const int64_t size = x.piece(s.E, kPiece / width / s.N);
+  const int64_t size = x.piece(s.E, kPiece / width / s.N, pool.num_threads());
   each(pool, (s.E + size - 1) / size, [&](int64_t i) {
     product<W>(matrix, i * size, std::min(s.E, (i + 1) * size), x, put);
   });

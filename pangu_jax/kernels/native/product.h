@@ -1,8 +1,8 @@
 // x @ w^T, rows of x and of w a few at a time; of many rows of x that of across.h.
 //
 // Every result is one chain of sums along D, in the same order whatever the number of threads. Where
-// the same bits are wanted rows are never many: what a row gets does not depend on what else is
-// computed then.
+// the same bits are wanted the order of few rows is that of any number: what a row gets does not depend
+// on what else is computed then.
 #pragma once
 
 #include <algorithm>
@@ -23,15 +23,15 @@ constexpr int kTileX = 3;
 // Bytes of x that are multiplied with all of a piece of w before the next ones: they stay in cache.
 constexpr int64_t kPanel = 128 << 10;
 
-// Rows of x from which they are many, and from which rows of w are unpacked once for all of them
-// (measured).
+// Rows of x from which they are many; and from which rows of w are unpacked once for all of them, which
+// makes them many too, of a kind that is not multiplied as it lies (measured).
 constexpr int64_t kMany = 16;
 constexpr int64_t kManyToUnpack = 25;
 
-// Rows of w that many rows are multiplied with before the next ones, at most, and pieces that all are
-// cut into at least (measured).
+// Rows of w to a piece of work at most, where those of x are many: they are read again for every panel,
+// from the second cache (measured). And pieces for a thread, where there are rows enough (own choice).
 constexpr int64_t kStay = 64;
-constexpr int64_t kPieces = 8;
+constexpr int64_t kPieces = 4;
 
 // The sums of one row of w.
 template <class W>
@@ -173,10 +173,10 @@ struct Rows {
   }
   int64_t panels() const { return many ? many->count() : 0; }
 
-  // How many of `count` rows of w are a piece of work, `few` where rows are few.
-  int64_t piece(int64_t count, int64_t few) const {
-    if (!many) return std::max<int64_t>(kTileW, few / kTileW * kTileW);
-    const int64_t rows = std::min(kStay, count / kPieces);
+  // How many of `count` rows of w are a piece of work; about `few` where rows of x are few.
+  int64_t piece(int64_t count, int64_t few, int64_t threads) const {
+    if (!many) return std::max<int64_t>(4, few / kTileW) * kTileW;
+    const int64_t rows = std::min(kStay, count / (kPieces * threads));
     return std::max<int64_t>(1, rows / kAcrossW) * kAcrossW;
   }
 };
@@ -206,8 +206,8 @@ inline void product_of_few(const Matrix& w, int64_t begin, int64_t end, const Ro
   }
 }
 
-// put(n, e, sums, number) for all rows n < N of x and rows begin <= e < end of w: `number`, a constant of
-// the type, says for how many rows of w from e on.
+// put(n, e, sums, number) for all rows n < N of x and rows begin <= e < end of w: `number`, a constant
+// of the type, says for how many rows of w from e on.
 template <class W, class Matrix, class Put>
 inline void product(const Matrix& w, int64_t begin, int64_t end, const Rows<W>& x, const Put& put) {
   if (!x.many) return product_of_few<W>(w, begin, end, x, put);

@@ -1,5 +1,5 @@
 // Attention of many queries that share a head to consecutive slots: a number of a key meets a vector
-// of numbers, each of another query, and maxima and sums of scores go within none.
+// of numbers, each of another query; nothing is added up, or compared, within a vector.
 #pragma once
 
 #include <algorithm>
@@ -102,10 +102,10 @@ struct QueriesAcross {
         if (span.value_scale) weight *= splat(span.value_scale[s]);
         std::memcpy(scores[s] + at, &weight, sizeof weight);
       }
-      const Floats share = exp_of_negative(old - high);
-      const Floats total = fused(vector_at<Floats>(sum + at), share, added);
-      std::memcpy(before + at, &share, sizeof share);
-      std::memcpy(sum + at, &total, sizeof total);
+      const Floats worth = exp_of_negative(old - high);
+      const Floats all = fused(vector_at<Floats>(sum + at), worth, added);
+      std::memcpy(before + at, &worth, sizeof worth);
+      std::memcpy(sum + at, &all, sizeof all);
       std::memcpy(highest + at, &high, sizeof high);
     }
   }

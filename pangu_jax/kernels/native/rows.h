@@ -64,7 +64,8 @@ class Output {
     if (wide_) {
       std::memcpy(static_cast<float*>(data_) + at, x, sizeof x);
     } else {
-      for (int i = 0; i < Number::value; ++i) static_cast<uint16_t*>(data_)[at + i] = BF16::rounded(x[i]);
+      auto* to = static_cast<uint16_t*>(data_) + at;
+      for (int i = 0; i < Number::value; ++i) to[i] = BF16::rounded(x[i]);
     }
   }
 

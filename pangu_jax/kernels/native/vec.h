@@ -30,6 +30,8 @@ inline Floats splat(float x) {
   return (Floats)_mm512_set1_ps(x);
 #elif defined(__AVX__)
   return (Floats)_mm256_set1_ps(x);
+#elif defined(__aarch64__)
+  return (Floats)vdupq_n_f32(x);
 #else
   return Floats{} + x;
 #endif

@@ -50,6 +50,8 @@ SHAPES = {
     "pages beyond a vector": Shape(1, 33, 2, 2, 16, 67, 65),
     "odd pages": Shape(2, 5, 1, 4, 128, 130, 7),
     "contiguous": Shape(2, 3, 2, 1, 64, 200),
+    "contiguous, many queries": Shape(3, 9, 2, 4, 32, 90),
+    "many rows of many queries": Shape(5, 9, 2, 4, 64, 90, 32),
     "many queries": Shape(1, 40, 1, 5, 48, 150),
     "large pages": Shape(2, 1, 8, 2, 128, 300, 128),
 }

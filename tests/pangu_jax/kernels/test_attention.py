@@ -94,7 +94,7 @@ def test_a_query_does_not_depend_on_the_others(kind: str, name: str) -> None:
 
 
 @all_kinds
-@pytest.mark.parametrize("name", ["odd pages", "many queries"])
+@pytest.mark.parametrize("name", ["contiguous, many queries", "many rows of many queries"])
 def test_a_row_does_not_depend_on_the_others(kind: str, name: str) -> None:
     """Its bits may depend on how many queries it has."""
     own = case(kind, 0, SHAPES[name])

@@ -99,9 +99,10 @@ def test_whole_vectors_of_groups(kind: str) -> None:
 
 @some_kinds
 @by_name
-def test_many_pieces(kind: str, implementation: Any) -> None:
+@pytest.mark.parametrize("N", [9, 70])
+def test_many_pieces(N: int, kind: str, implementation: Any) -> None:
     """Both products are in pieces for several threads."""
-    arguments = oracle.experts(kind, 0, 9, 2, 3, 300, 517)
+    arguments = oracle.experts(kind, 0, N, 2, 3, 300, 517)
     got = run(*arguments, implementation)
     check(kind, implementation, arguments, got)
 
@@ -145,9 +146,10 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
 @some_kinds
 @by_name
 def test_what_is_no_number_stays_in_its_row(kind: str, implementation: Any) -> None:
-    x, *rest = oracle.experts(kind, 0, 9, 2, 3, 17, 64)
-    bad = np.isnan(oracle.wide(run(x.at[4, 40].set(jnp.nan), *rest, implementation)))
-    np.testing.assert_array_equal(bad, np.broadcast_to(np.arange(9)[:, None] == 4, bad.shape))
+    for N in (9, 70):
+        x, *rest = oracle.experts(kind, 0, N, 2, 3, 17, 64)
+        bad = np.isnan(oracle.wide(run(x.at[4, 40].set(jnp.nan), *rest, implementation)))
+        np.testing.assert_array_equal(bad, np.broadcast_to(np.arange(N)[:, None] == 4, bad.shape))
 
 
 @by_name

@@ -283,9 +283,10 @@ def test_products_as_they_are_written_where_there_is_a_gradient(kind: str, rows:
     for without in (contextlib.nullcontext, native.without):
         with without():
             text = str(jax.make_jaxpr(jax.grad(lambda x: multiply(x, held).sum()))(x))
-        assert "dot_general" in text
+        assert text.count("dot_general") >= 2  # its own, and that of the gradient
         assert "ffi_call" not in text
-        assert "cond[" not in text or isinstance(held, Weight)
+        if not isinstance(held, Weight) or rows > product.DIGIT_ROWS:
+            assert "cond[" not in text
 
 
 @some_kinds

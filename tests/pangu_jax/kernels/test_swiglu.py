@@ -77,9 +77,10 @@ def test_odd_shapes(kind: str, seed: int, N: int, F: int, D: int) -> None:
 
 @some_kinds
 @by_name
-def test_many_pieces(kind: str, implementation: Any) -> None:
+@pytest.mark.parametrize("N", [6, 70])
+def test_many_pieces(N: int, kind: str, implementation: Any) -> None:
     """Both products are in pieces for several threads."""
-    arguments = case(kind, 0, 6, 1021, 515)
+    arguments = case(kind, 0, N, 1021, 515)
     got = run(*arguments, implementation)
     check(kind, implementation, arguments, got)
 
@@ -109,9 +110,10 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
 @some_kinds
 @by_name
 def test_what_is_no_number_stays_in_its_row(kind: str, implementation: Any) -> None:
-    x, *held = case(kind, 0, 5, 17, 64)
-    bad = np.isnan(oracle.wide(run(x.at[3, 40].set(jnp.nan), *held, implementation)))
-    np.testing.assert_array_equal(bad, np.broadcast_to(np.arange(5)[:, None] == 3, bad.shape))
+    for N in (5, 29):
+        x, *held = case(kind, 0, N, 17, 64)
+        bad = np.isnan(oracle.wide(run(x.at[3, 40].set(jnp.nan), *held, implementation)))
+        np.testing.assert_array_equal(bad, np.broadcast_to(np.arange(N)[:, None] == 3, bad.shape))
 
 
 @by_name
