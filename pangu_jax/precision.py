@@ -21,7 +21,8 @@ _same_bits = jax.make_user_context(False)
 
 def same_bits() -> contextlib.AbstractContextManager:
     """Within, what a token gets does not depend on how many others there are, to the last bit: rows
-    are multiplied as rows, experts take them in blocks of one size, and every query is alone.
+    are multiplied as rows (by the CPU's kernels in the form that is for few of them), experts take
+    them in blocks of one size, and every query is alone.
 
     There must be two rows at least: one is another kind of product.
     """
