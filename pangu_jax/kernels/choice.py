@@ -45,8 +45,6 @@ def choose(
             raise NotImplementedError(why_not)
         if not why_not:
             run = kernel.run if wanted else _there(kernel.run, kernel.platform, plain)
-            # Around the choice: the products of a gradient are not to be hidden within its `cond`,
-            # where a backward pass does not see that it may keep them (`model.Remat`).
             return run if kernel.has_gradient else with_gradient_of(plain, run)
     return plain
 

@@ -6,7 +6,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pangu_jax.kernels.choice import with_gradient_of
 from pangu_jax.precision import wants_same_bits
 
 # XLA for CPU makes a float32 copy of a bf16 weight for a single row; for more, before JAX 0.11,
@@ -20,20 +19,15 @@ MOST_COLUMNS = 64
 def matmul(
     x: Float[Array, "N D"], weight: Float[Array, "E D"], dtype: DTypeLike | None = None
 ) -> Float[Array, "N E"]:
-    """x @ weight^T.
-
-    Where there is a gradient it is written as one would: of a product in that form the backward
-    pass knows that it need not be computed again (`model.Remat`).
-    """
-    rows = lambda x, w: plain(x, w, dtype)
+    """x @ weight^T."""
     if x.dtype == jnp.bfloat16 and (x.shape[0] == 1 or not BF16_RESULTS):
-        own = lambda x, w: _sums_first(x, w).astype(dtype or x.dtype)
-    elif 1 < x.shape[0] <= MOST_COLUMNS and x.dtype == jnp.float32 and not wants_same_bits():
-        own = _by_columns
-    else:
-        return rows(x, weight)
-    there = lambda x, w: lax.platform_dependent(x, w, cpu=own, default=rows)
-    return with_gradient_of(rows, there)(x, weight)
+        sums = lambda x, w: _sums_first(x, w).astype(dtype or x.dtype)
+        rows = lambda x, w: plain(x, w, dtype)
+        return lax.platform_dependent(x, weight, cpu=sums, default=rows)
+    if 1 < x.shape[0] <= MOST_COLUMNS and x.dtype == jnp.float32 and not wants_same_bits():
+        rows = lambda x, w: plain(x, w, dtype)
+        return lax.platform_dependent(x, weight, cpu=_by_columns, default=rows)
+    return plain(x, weight, dtype)
 
 
 def plain(
