@@ -7,7 +7,7 @@
 
 What a product reads is the numbers: XLA for GPU and TPU takes them to floats inside of the product
 (measured on an H100, and seen in the programs for v5p). XLA on CPU makes a float copy of the matrix
-first. There a kernel does it, but for fp8 and static activations; without one, few rows of float
+first. There a kernel does it, but for static activations; without one, few rows of float
 activations are written as three digits of 8 bits each, which makes an integer product of them too.
 """
 

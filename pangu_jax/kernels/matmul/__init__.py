@@ -40,7 +40,7 @@ def matmul(
 
     def kernel(x: Array, weight: Array) -> Array:
         none = jnp.zeros(0, jnp.float32)
-        return _call(x, weight, none, dtype or x.dtype, integers=False)
+        return _call(x, weight, none, dtype or x.dtype, rounds=False)
 
     plain = functools.partial(xla.matmul, dtype=dtype)
     return choose(plain, implementation, {"native": Kernel(kernel, "cpu", why_not)})(x, weight)
@@ -49,17 +49,22 @@ def matmul(
 def scaled_matmul(x: Float[Array, "N D"], weight: Weight, dtype: DTypeLike) -> Float[Array, "N E"]:
     """x @ weight^T of a quantised matrix [E, D] on CPU, by the kernel; no gradient.
 
-    With dynamic activations x is rounded to int8 first, with a scale for each row, as
+    With dynamic activations x is rounded to int8 or fp8 first, with a scale for each row, as
     `quant.rows.quantize` does. The numbers of int4 times their scale are rounded to bf16 where x is
     bf16 and the processor multiplies it.
     """
-    integers = weight.scheme.activations == "dynamic"
-    return _call(x, weight.numbers, weight.scale, dtype, integers)
+    rounds = weight.scheme.activations == "dynamic"
+    return _call(x, weight.numbers, weight.scale, dtype, rounds)
 
 
-def _call(x: Array, matrix: Array, scale: Array, dtype: DTypeLike, integers: bool) -> Array:
-    shape, flags = (
+def _call(x: Array, matrix: Array, scale: Array, dtype: DTypeLike, rounds: bool) -> Array:
+    return native.call(
+        "pangu_matmul",
         (x.shape[0], matrix.shape[0]),
-        dict(integers=integers, same_bits=wants_same_bits()),
+        dtype,
+        x,
+        matrix,
+        scale,
+        rounds=rounds,
+        same_bits=wants_same_bits(),
     )
-    return native.call("pangu_matmul", shape, dtype, x, matrix, scale, **flags)

@@ -1,6 +1,6 @@
 // What a matrix may be made of. Each kind says how it lies in memory (`type`), what the other factor
 // is (`X`), what sums are kept in while a row is multiplied (`Lanes`, `kStep` numbers at a time), and
-// what comes out (`Sum`). float32, bf16 and int8 are widened, exactly, and summed in float32; int8 x
+// what comes out (`Sum`). float32, bf16, int8 and fp8 are widened, exactly, and summed in float32; int8 x
 // int8 is summed exactly in int32 (D < 2^17). int4 is scaled in float32, and rounded to the other
 // factor's dtype, before it is multiplied. For more than a few rows a matrix is taken to the kind
 // `Unpacked` first, whose products in the same order are the same to the last bit.
@@ -10,6 +10,7 @@
 // them, and `start` what a row's sum begins with. `kAcross` says of which kinds w may be then.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "vec.h"
@@ -93,6 +94,41 @@ struct I8 : OfFloats {
   static float unpacked(type x) { return x; }
 };
 
+// e4m3fn: a sign, four bits of exponent (less 7) and three of mantissa; the largest is no number.
+struct F8 : OfFloats {
+  using type = uint8_t;
+  using Unpacked = F32;
+  static Lanes load(const type* from) {
+#if defined(__AVX512F__)
+    const Ints all = bits<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    const Ints all = bits<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    const Ints all = __builtin_convertvector(vector_at<Bytes>(from), Ints);
+#endif
+    const Ints size = all & 127;
+    const Floats tiny = __builtin_convertvector(size, Floats) * splat(1.0f / 512);
+    const Floats normal = bits<Floats>((size << 20) + (120 << 23));
+    const Ints known = bits<Ints>(size < 8 ? tiny : normal) | (size == 127);  // all bits: a NaN
+    return bits<Floats>(known | (all & 128) << 24);
+  }
+  static float one(type x) {
+    const uint32_t size = x & 127, sign = uint32_t(x & 128) << 24;
+    const float normal = bits<float>((size << 20) + (120u << 23));
+    const float value = size < 8 ? float(size) * (1.0f / 512) : normal;
+    return bits<float>((size == 127 ? 0x7fc00000u : bits<uint32_t>(value)) | sign);
+  }
+  static float unpacked(type x) { return one(x); }
+  // The nearest, of two as near to the even one, of numbers up to 448.
+  static float rounded(float x) {
+    const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23 & 255) - 127;
+    const int32_t last = (exponent > -6 ? exponent : -6) - 3;  // 2^last is between it and the next
+    const float quantum = bits<float>(uint32_t(127 + last) << 23);
+    return std::nearbyintf(x * bits<float>(uint32_t(127 - last) << 23)) * quantum;
+  }
+};
+
 // Where both factors can be multiplied as bf16: two products are added to a float32 at a time (and
 // the processor takes numbers below 2^-126 for 0).
 #if defined(__AVX512BF16__)
@@ -141,9 +177,21 @@ struct I8xBF16 : OfBF16 {
   static float one(type x) { return x; }
   static uint16_t unpacked(type x) { return uint16_t(bits<uint32_t>(float(x)) >> 16); }
 };
+
+struct F8xBF16 : OfBF16 {
+  using type = uint8_t;
+  using Unpacked = BF16xBF16;
+  static __m512i load(const type* from) {
+    const __m512 lower = bits<__m512>(F8::load(from)), upper = bits<__m512>(F8::load(from + 16));
+    return (__m512i)_mm512_cvtne2ps_pbh(upper, lower);
+  }
+  static float one(type x) { return F8::one(x); }
+  static uint16_t unpacked(type x) { return uint16_t(bits<uint32_t>(F8::one(x)) >> 16); }
+};
 #else
 using BF16xBF16 = BF16;
 using I8xBF16 = I8;
+using F8xBF16 = F8;
 #endif
 
 // int4: two numbers plus 8 in a byte, the first in the low half, and a scale for each `group` of them.

@@ -15,6 +15,7 @@ constexpr int64_t kPiece = 128 << 10;
 
 struct Shape {
   int64_t N, k, E, F, D;
+  bool rounds, same_bits;  // whether activations are rounded; deterministic
 };
 
 // The pairs of each expert: `token` and `weight` from begin[e] to begin[e + 1].
@@ -45,7 +46,7 @@ struct Pairs {
   int64_t count(int64_t e) const { return begin[e + 1] - begin[e]; }
 };
 
-// The rows of all pairs as a kind of matrix wants its factors: float32, bf16, or int8 with a scale
+// The rows of all pairs as a kind of matrix wants its factors: float32, bf16, or rounded with a scale
 // each; and those of every expert that is used, once all of them are set.
 template <class W>
 struct Factors {
@@ -55,14 +56,17 @@ struct Factors {
   std::vector<Rows<W>> of;
 
   Factors(int64_t count, int64_t width) : width(width), rows(count * width), scale(count, 1.0f) {}
-  void set(int64_t at, const float* from) {
+  // Rounded, if asked for, as a matrix of such numbers wants it.
+  void set(int64_t at, const float* from, bool rounds) {
     auto* to = rows.data() + at * width;
-    if constexpr (std::is_same_v<typename W::X, float>) {
-      std::copy(from, from + width, to);
-    } else if constexpr (std::is_same_v<typename W::X, uint16_t>) {
-      for (int64_t i = 0; i < width; ++i) to[i] = BF16::rounded(from[i]);
-    } else {
+    if constexpr (std::is_same_v<typename W::Sum, int32_t>) {
       scale[at] = round_row(from, width, to);
+    } else if (rounds) {
+      scale[at] = round_row_to_fp8(from, width, to);
+    } else if constexpr (std::is_same_v<typename W::X, float>) {
+      std::copy(from, from + width, to);
+    } else {
+      for (int64_t i = 0; i < width; ++i) to[i] = BF16::rounded(from[i]);
     }
   }
   void divide(ffi::ThreadPool& pool, const Pairs& pairs, bool same_bits) {
@@ -127,11 +131,10 @@ std::vector<Piece> pieces(const Factors<W>& x, int64_t outputs, int64_t threads)
 
 // silu(gate(x)) * up(x) of every pair, [pairs, F].
 template <class W>
-std::vector<float> inside(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* x,
-                          const Pairs& pairs, const Matrices<W>& gate_up) {
+std::vector<float> inside(ffi::ThreadPool& pool, const Shape& s, const float* x, const Pairs& pairs, const Matrices<W>& gate_up) {
   Factors<W> in(pairs.count(), s.D);
-  each(pool, pairs.count(), [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D); });
-  in.divide(pool, pairs, same_bits);
+  each(pool, pairs.count(), [&](int64_t p) { in.set(p, x + pairs.token[p] * s.D, s.rounds); });
+  in.divide(pool, pairs, s.same_bits);
 
   std::vector<float> inner(pairs.count() * s.F);
   const auto parts = pieces(in, s.F, pool.num_threads());
@@ -160,12 +163,11 @@ std::vector<float> inside(ffi::ThreadPool& pool, const Shape& s, bool same_bits,
 
 // y [N, D] += weight * down(inner) of every pair.
 template <class W>
-void outside(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float* inner,
-             const Pairs& pairs, const Matrices<W>& down, float* y) {
+void outside(ffi::ThreadPool& pool, const Shape& s, const float* inner, const Pairs& pairs, const Matrices<W>& down, float* y) {
   const int64_t P = pairs.count();
   Factors<W> between(P, s.F);
-  each(pool, P, [&](int64_t p) { between.set(p, inner + p * s.F); });
-  between.divide(pool, pairs, same_bits);
+  each(pool, P, [&](int64_t p) { between.set(p, inner + p * s.F, s.rounds); });
+  between.divide(pool, pairs, s.same_bits);
 
   // A piece is some outputs of all tokens: nobody else adds to them.
   int64_t size = 0;
@@ -191,12 +193,12 @@ void outside(ffi::ThreadPool& pool, const Shape& s, bool same_bits, const float*
 ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> chosen,
                    ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer gate_up,
                    ffi::Buffer<ffi::F32> gate_up_scale, ffi::AnyBuffer down,
-                   ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> layer, bool integers,
+                   ffi::Buffer<ffi::F32> down_scale, ffi::Buffer<ffi::S32> layer, bool rounds,
                    bool same_bits, ffi::Result<ffi::AnyBuffer> result) {
   const auto shape = gate_up.dimensions();  // [(L,) E, 2, F, D]
   const size_t lead = shape.size() - 4;
   const Shape s{chosen.dimensions()[0], chosen.dimensions()[1], shape[lead], shape[lead + 2],
-                x.dimensions()[1]};
+                x.dimensions()[1], rounds, same_bits};
   const int64_t own = lead ? layer.typed_data()[0] : 0;
   const Pairs pairs(s, chosen.typed_data(), weights.typed_data());
   std::vector<float> copy, y(s.N * s.D);
@@ -213,18 +215,18 @@ ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
       const bool each = worth && !W::kGrouped;
       return Matrices<W>{from_row(all, start, width), each ? worth + start : nullptr};
     };
-    const auto inner = inside(pool, s, same_bits, floats, pairs,
-                              of(gate_up, gate_up_scale, 2 * s.F, s.D));
-    outside(pool, s, same_bits, inner.data(), pairs, of(down, down_scale, s.D, s.F), y.data());
+    const auto inner = inside(pool, s, floats, pairs, of(gate_up, gate_up_scale, 2 * s.F, s.D));
+    outside(pool, s, inner.data(), pairs, of(down, down_scale, s.D, s.F), y.data());
   };
   if (pairs.count()) {
     switch (down.element_type()) {
       case ffi::F32: run(F32{}); break;
       case ffi::BF16: run(BF16xBF16{}); break;
       case ffi::S8:
-        if (integers) run(I8xI8{});
+        if (rounds) run(I8xI8{});
         else half ? run(I8xBF16{}) : run(I8{});
         break;
+      case ffi::F8E4M3FN: half || rounds ? run(F8xBF16{}) : run(F8{}); break;
       case ffi::U8: half ? run(I4xBF16{}) : run(I4{}); break;
       default: return ffi::Error::InvalidArgument("no such matrix");
     }
@@ -248,6 +250,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_experts, pangu::experts,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Attr<bool>("integers")
+                                  .Attr<bool>("rounds")
                                   .Attr<bool>("same_bits")
                                   .Ret<xla::ffi::AnyBuffer>());

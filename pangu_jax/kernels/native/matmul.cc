@@ -36,48 +36,69 @@ void multiply(ffi::ThreadPool& pool, const Shape& s, const Matrix& matrix, int64
   });
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                  ffi::Buffer<ffi::F32> scale, bool integers, bool same_bits,
-                  ffi::Result<ffi::AnyBuffer> y) {
-  const Shape s{x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]};
-  const Output out(*y);
-  const float* worth = scale.typed_data();
-  const int64_t width = int64_t(w.size_bytes()) / s.E;
-  const int64_t group = s.D / std::max<int64_t>(1, scale.dimensions().back());
-  if (integers) {
-    std::vector<float> copy;
+// What is asked for of any kind; `worth` is a scale of each row of w.
+struct Product {
+  ffi::ThreadPool pool;
+  ffi::AnyBuffer x, w;
+  const float* worth;
+  int64_t group;
+  bool same_bits;
+  Output out;
+
+  Shape shape() const { return {x.dimensions()[0], w.dimensions()[0], x.dimensions()[1]}; }
+  int64_t width() const { return int64_t(w.size_bytes()) / w.dimensions()[0]; }
+
+  // Of x as it is.
+  template <class W>
+  void plain(bool scaled) {
+    const Shape s = shape();
+    std::vector<typename W::X> copy;
+    const auto matrix = rows_at<W>(w.untyped_data(), worth, group);
+    multiply<W>(pool, s, matrix, width(), rows_of(x, copy), same_bits,
+                [&](int64_t n, int64_t e, const float* sums, auto number) {
+                  out.put(n * s.E + e, number,
+                          [&](int i) { return scaled ? sums[i] * worth[e + i] : sums[i]; });
+                });
+  }
+
+  // Of x rounded, row by row: round(row, D, numbers) tells its scale.
+  template <class W, class Round>
+  void rounded(const Round& round) {
+    const Shape s = shape();
+    std::vector<float> copy, scales(s.N);
     const float* floats = floats_of(x, copy);
-    std::vector<int16_t> numbers(s.N * s.D);
-    std::vector<float> scales(s.N);
+    std::vector<typename W::X> numbers(s.N * s.D);
     each(pool, (s.N + kRows - 1) / kRows, [&](int64_t i) {
       for (int64_t n = i * kRows; n < std::min(s.N, (i + 1) * kRows); ++n)
-        scales[n] = round_row(floats + n * s.D, s.D, numbers.data() + n * s.D);
+        scales[n] = round(floats + n * s.D, s.D, numbers.data() + n * s.D);
     });
-    const auto* rows = static_cast<const int8_t*>(w.untyped_data());
-    const auto scaled = [&](int64_t n, int64_t e, const int32_t* sums, auto number) {
-      out.put(n * s.E + e, number, [&](int i) { return float(sums[i]) * scales[n] * worth[e + i]; });
-    };
-    multiply<I8xI8>(pool, s, rows, width, numbers.data(), same_bits, scaled);
-    return ffi::Error::Success();
+    const auto* matrix = static_cast<const typename W::type*>(w.untyped_data());
+    multiply<W>(pool, s, matrix, width(), numbers.data(), same_bits,
+                [&](int64_t n, int64_t e, const typename W::Sum* sums, auto number) {
+                  out.put(n * s.E + e, number,
+                          [&](int i) { return float(sums[i]) * scales[n] * worth[e + i]; });
+                });
   }
-  const auto run = [&](auto kind, const auto& put) {
-    using W = decltype(kind);
-    std::vector<typename W::X> copy;
-    const auto rows = rows_at<W>(w.untyped_data(), worth, group);
-    multiply<W>(pool, s, rows, width, rows_of(x, copy), same_bits, put);
-  };
-  const auto plain = [&](int64_t n, int64_t e, const float* sums, auto number) {
-    out.put(n * s.E + e, number, [&](int i) { return sums[i]; });
-  };
-  const auto scaled = [&](int64_t n, int64_t e, const float* sums, auto number) {
-    out.put(n * s.E + e, number, [&](int i) { return sums[i] * worth[e + i]; });
-  };
+};
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                  ffi::Buffer<ffi::F32> scale, bool rounds, bool same_bits,
+                  ffi::Result<ffi::AnyBuffer> y) {
+  const int64_t group = x.dimensions()[1] / std::max<int64_t>(1, scale.dimensions().back());
+  Product asked{pool, x, w, scale.typed_data(), group, same_bits, Output(*y)};
   const bool half = x.element_type() == ffi::BF16;
   switch (w.element_type()) {
-    case ffi::F32: run(F32{}, plain); break;
-    case ffi::BF16: run(BF16xBF16{}, plain); break;
-    case ffi::S8: half ? run(I8xBF16{}, scaled) : run(I8{}, scaled); break;
-    case ffi::U8: half ? run(I4xBF16{}, plain) : run(I4{}, plain); break;
+    case ffi::F32: asked.plain<F32>(false); break;
+    case ffi::BF16: asked.plain<BF16xBF16>(false); break;
+    case ffi::S8:
+      if (rounds) asked.rounded<I8xI8>(round_row);
+      else half ? asked.plain<I8xBF16>(true) : asked.plain<I8>(true);
+      break;
+    case ffi::F8E4M3FN:
+      if (rounds) asked.rounded<F8xBF16>(round_row_to_fp8<F8xBF16::X>);
+      else half ? asked.plain<F8xBF16>(true) : asked.plain<F8>(true);
+      break;
+    case ffi::U8: half ? asked.plain<I4xBF16>(false) : asked.plain<I4>(false); break;
     default: return ffi::Error::InvalidArgument("no such matrix");
   }
   return ffi::Error::Success();
@@ -92,6 +113,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(pangu_matmul, pangu::matmul,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<bool>("integers")
+                                  .Attr<bool>("rounds")
                                   .Attr<bool>("same_bits")
                                   .Ret<xla::ffi::AnyBuffer>());

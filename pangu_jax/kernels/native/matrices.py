@@ -10,7 +10,13 @@ from pangu_jax.precision import wants_same_bits
 from pangu_jax.quant.weight import Weight
 
 FLOATS = (jnp.float32, jnp.bfloat16)
-KNOWN = (("int8", "float"), ("int8", "dynamic"), ("int4", "float"))
+KNOWN = (
+    ("int8", "float"),
+    ("int8", "dynamic"),
+    ("int4", "float"),
+    ("fp8", "float"),
+    ("fp8", "dynamic"),
+)
 
 
 def kind(x: Float[Array, "N D"], matrix: Any) -> str | None:
@@ -41,7 +47,7 @@ def experts(
 
     gate_up [*L, E, 2, F, D], down [*L, E, D, F]; pairs whose expert is E or more add nothing
     """
-    integers = isinstance(down, Weight) and down.scheme.activations == "dynamic"
+    rounds = isinstance(down, Weight) and down.scheme.activations == "dynamic"
     return native.call(
         "pangu_experts",
         x.shape,
@@ -52,7 +58,7 @@ def experts(
         *_parts(gate_up),
         *_parts(down),
         jnp.zeros((), jnp.int32) if layer is None else layer.astype(jnp.int32),
-        integers=integers,
+        rounds=rounds,
         same_bits=wants_same_bits(),
     )
 

@@ -74,22 +74,50 @@ class Output {
   void* data_;
 };
 
-// A row as int8 (in int16) and its scale, as pangu_jax/quant/rows.py rounds. A row with a NaN gets a
-// NaN for a scale.
-inline float round_row(const float* x, int64_t D, int16_t* numbers) {
-  float largest = 0;
+// How a row is rounded, as pangu_jax/quant/rows.py does: `most` is the kind's largest number. A row with
+// a NaN gets a NaN for a scale.
+struct Rounding {
+  float scale, inverse;
   bool numeric = true;
-  for (int64_t d = 0; d < D; ++d) {
-    const float size = std::fabs(x[d]);
-    largest = size > largest ? size : largest;
-    numeric &= size == size;
+
+  Rounding(const float* x, int64_t D, float most) {
+    float largest = 0;
+    for (int64_t d = 0; d < D; ++d) {
+      const float size = std::fabs(x[d]);
+      largest = size > largest ? size : largest;
+      numeric &= size == size;
+    }
+    scale = largest * (1.0f / most);
+    inverse = 1.0f / (scale > 0 ? scale : 1.0f);
+    if (!numeric) scale = std::nanf("");
   }
-  const float scale = largest * (1.0f / 127), inverse = 1.0f / (scale > 0 ? scale : 1.0f);
+};
+
+inline float clipped(float x, float most) {
+  return x >= -most ? (x <= most ? x : most) : -most;
+}
+
+// A row as int8 (in int16), and its scale.
+inline float round_row(const float* x, int64_t D, int16_t* numbers) {
+  const Rounding rounding(x, D, 127);
+  for (int64_t d = 0; d < D; ++d)
+    numbers[d] = int16_t(clipped(std::nearbyintf(x[d] * rounding.inverse), 127));
+  return rounding.scale;
+}
+
+// A row as fp8, in float32 or bf16, which have all of its numbers; and its scale.
+template <class X>
+inline float round_row_to_fp8(const float* x, int64_t D, X* numbers) {
+  const Rounding rounding(x, D, 448);
   for (int64_t d = 0; d < D; ++d) {
-    const float nearest = std::nearbyintf(x[d] * inverse);
-    numbers[d] = int16_t(nearest >= -127.0f ? (nearest <= 127.0f ? nearest : 127.0f) : -127.0f);
+    const float nearest = F8::rounded(clipped(x[d] * rounding.inverse, 448));
+    if constexpr (std::is_same_v<X, float>) {
+      numbers[d] = nearest;
+    } else {
+      numbers[d] = BF16::rounded(nearest);
+    }
   }
-  return numeric ? scale : std::nanf("");
+  return rounding.scale;
 }
 
 }  // namespace pangu

@@ -17,6 +17,9 @@ SCHEMES = {"weight-only": Scheme("int8"), "dynamic": Scheme("int8", "dynamic")}
 KINDS = ("float32", "bfloat16", *(f"{s} {d}" for s in SCHEMES for d in ("float32", "bfloat16")))
 SOME = ("float32", "bfloat16", "weight-only bfloat16", "dynamic float32")  # what is in the others
 
+FP8_SCHEMES = {"fp8": Scheme("fp8"), "fp8-dynamic": Scheme("fp8", "dynamic")}
+FP8 = tuple(f"{s} {d}" for s in FP8_SCHEMES for d in ("float32", "bfloat16"))
+
 # int4 of groups that are no multiple of a vector, and that are.
 INT4 = tuple(f"int4-{group} {d}" for group in (2, 6, 32, 128) for d in ("float32", "bfloat16"))
 
@@ -59,10 +62,13 @@ def matrix(kind: str, seed: int, *shape: int) -> Any:
     rng = np.random.default_rng(seed)
     if kind.startswith("int4"):
         return _int4(rng, int(kind.split()[0].removeprefix("int4-")), *shape)
-    scheme = SCHEMES.get(kind.split()[0])
+    scheme = (SCHEMES | FP8_SCHEMES).get(kind.split()[0])
     if scheme is None:
         return array(rng.normal(size=shape) * shape[-1] ** -0.5, kind)
-    numbers = array(rng.integers(-127, 128, shape), "int8")
+    if scheme.numbers == "fp8":
+        numbers = array((73 * rng.normal(size=shape)).clip(-448, 448), "float8_e4m3fn")
+    else:
+        numbers = array(rng.integers(-127, 128, shape), "int8")
     scale = rng.uniform(0.5, 2, (*shape[:-1], 1)) * shape[-1] ** -0.5 / 73
     return Weight(scheme=scheme, numbers=numbers, scale=array(scale, "float32"))
 
@@ -121,6 +127,14 @@ def rounded(x: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.round(ratio), -127, 127).astype(np.int8), scale
 
 
+def rounded_to_fp8(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """e4m3fn numbers and the scale of each row, in which the kernels divide by a reciprocal."""
+    x = np.asarray(x).astype(np.float32)
+    scale = np.abs(x).max(-1, keepdims=True) * np.float32(1 / 448)
+    ratio = x * (np.float32(1) / np.where(scale > 0, scale, np.float32(1)))
+    return np.clip(ratio, -448, 448).astype(jnp.float8_e4m3fn), scale
+
+
 def is_dynamic(held: Any) -> bool:
     """Whether its activations are rounded."""
     return isinstance(held, Weight) and held.scheme.activations == "dynamic"
@@ -130,7 +144,7 @@ def seen_by(held: Any, x: np.ndarray) -> np.ndarray:
     """The rows that a matrix is multiplied with: rounded where its kind says so."""
     if not is_dynamic(held):
         return wide(x)
-    numbers, scale = rounded(x)
+    numbers, scale = (rounded_to_fp8 if held.scheme.numbers == "fp8" else rounded)(x)
     return wide(numbers) * wide(scale)
 
 

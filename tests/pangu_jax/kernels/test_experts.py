@@ -19,7 +19,7 @@ from pangu_jax.precision import same_bits
 from pangu_jax.quant import weight
 from pangu_jax.quant.scheme import Scheme
 from tests.pangu_jax.kernels import oracle
-from tests.pangu_jax.kernels.oracle import KINDS, SOME, some_kinds
+from tests.pangu_jax.kernels.oracle import FP8, KINDS, SOME, some_kinds
 
 SLOW = pytest.mark.slow
 all_kinds = pytest.mark.parametrize("kind", SOME)
@@ -48,8 +48,8 @@ run = jax.jit(mix, static_argnames=("implementation", "among"))
 
 def tolerance(kind: str, implementation: Any) -> float:
     """Of what is rounded in between a number may fall the other way."""
-    if kind.startswith("dynamic"):
-        return 0.03
+    if "dynamic" in kind:
+        return 0.1 if "fp8" in kind else 0.03
     if "bfloat16" in kind:
         own = 2**-7 if kind.startswith("int4") else 2**-8
         return own if implementation == "native" else 0.03
@@ -61,9 +61,9 @@ def check(kind: str, implementation: Any, arguments: Any, got: Any) -> None:
     oracle.close(got, wanted, tolerance(kind, implementation), implementation, size)
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, *FP8]),
     st.integers(0, 999),
     st.sampled_from([(1, 1, 1, 1, 7), (1, 4, 9, 17, 130), (5, 2, 3, 130, 17), (70, 3, 16, 7, 1)]),
     st.sampled_from(["spread", "one", "some elsewhere", "all elsewhere"]),
@@ -77,7 +77,7 @@ def test_odd_shapes(kind: str, seed: int, shape: tuple, pattern: str) -> None:
         check(kind, implementation, arguments, got)
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(
     st.sampled_from(oracle.INT4[:4]),
     st.integers(0, 999),
@@ -280,7 +280,7 @@ def test_by_name_what_it_cannot_do() -> None:
         for scheme in (Scheme("int4", group=8), Scheme("int8"), Scheme("fp8"))
     )
     alone = lambda matrix: matrix
-    for first, second in ((int4, int8), (fp8, fp8), (alone, int8), (int8, alone)):
+    for first, second in ((int4, int8), (fp8, int8), (alone, int8), (int8, alone)):
 
         def program(implementation: Any, first: Any = first, second: Any = second) -> str:
             made = lambda g, d: mix(x, chosen, weights, first(g), second(d), implementation)

@@ -16,12 +16,13 @@ from pangu_jax.kernels import native
 from pangu_jax.kernels.matmul import matmul, scaled_matmul
 from pangu_jax.precision import same_bits
 from pangu_jax.quant import product, rows
+from pangu_jax.quant.scheme import Scheme
 from pangu_jax.quant.weight import Weight
 from tests.pangu_jax.kernels import oracle
-from tests.pangu_jax.kernels.oracle import KINDS, WIDTHS, some_kinds
+from tests.pangu_jax.kernels.oracle import FP8, KINDS, WIDTHS, some_kinds
 
 FLOAT_KINDS, INTEGER_KINDS = KINDS[:2], KINDS[4:]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", [*KINDS, *FP8])
 
 
 def multiply(x: Any, held: Any, implementation: Any = None) -> Any:
@@ -65,9 +66,9 @@ def check(kind: str, seed: int, N: int, E: int, D: int) -> None:
         assert (np.abs(oracle.wide(got) - wanted) <= rounding).all(), (implementation, N, E, D)
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, *FP8]),
     st.integers(0, 999),
     st.sampled_from(ROWS),
     st.sampled_from(WIDTHS),
@@ -148,6 +149,37 @@ def test_what_is_no_number_stays_in_its_row(kind: str, implementation: Any) -> N
         bad = np.isnan(oracle.wide(run(x, held, implementation)))
         np.testing.assert_array_equal(bad.all(1), np.arange(N) == N - 1)
         np.testing.assert_array_equal(bad.any(1), np.arange(N) == N - 1)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_number_of_fp8(dtype: str, rows: int) -> None:
+    """Also those below the smallest normal one, and those that are none."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+    held = Weight(
+        scheme=Scheme("fp8"),
+        numbers=oracle.array(np.repeat(numbers[:, None], 64, 1), "float8_e4m3fn"),
+        scale=jnp.ones((256, 1)),
+    )
+    x = oracle.array(np.eye(rows, 64), dtype)
+    got = scaled_matmul(x, held, jnp.float32)
+    known = ~np.isnan(numbers.astype(np.float32))
+    assert known.sum() == 254
+    np.testing.assert_array_equal(
+        got[:, known], np.tile(numbers[known].astype(np.float32), (rows, 1))
+    )
+    assert np.isnan(got[:, ~known]).all()
+
+
+@pytest.mark.parametrize("kind", FP8[2:])
+def test_a_row_of_fp8_that_is_no_number(kind: str) -> None:
+    held = oracle.matrix(kind, 1, 9, 130)
+    for N in (1, 40):
+        x = oracle.activations(kind, 0, N, 130).at[N - 1, 77].set(jnp.nan)
+        bad = np.isnan(oracle.wide(run(x, held, "native")))
+        np.testing.assert_array_equal(
+            bad, np.broadcast_to(np.arange(N)[:, None] == N - 1, bad.shape)
+        )
 
 
 def scaled_sums(numbers: Any, scale: Any, held: Weight) -> np.ndarray:
@@ -262,7 +294,7 @@ def uses_kernel(x: Any, held: Any, platform: str = "cpu") -> bool:
     return "pangu_matmul" in lowered.as_text()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *oracle.INT4[4:6]])
+@pytest.mark.parametrize("kind", [*KINDS, *oracle.INT4[4:6], *FP8])
 def test_where_the_kernel_is_taken(kind: str) -> None:
     """On CPU, but for a single float32 row."""
     held, x = oracle.matrix(kind, 1, 9, 64), oracle.activations(kind, 0, 300, 64)
