@@ -182,8 +182,18 @@ struct F8xBF16 : OfBF16 {
   using type = uint8_t;
   using Unpacked = BF16xBF16;
   static __m512i load(const type* from) {
-    const __m512 lower = bits<__m512>(F8::load(from)), upper = bits<__m512>(F8::load(from + 16));
-    return (__m512i)_mm512_cvtne2ps_pbh(upper, lower);
+    const __m512i all = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i size = _mm512_and_si512(all, _mm512_set1_epi16(127));
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+    // What is less than that is 0 to 7 times 2^-9.
+    const __m512i tiny = _mm512_castsi128_si512(
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __mmask32 is_tiny = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+    const __mmask32 is_none = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(127));
+    __m512i known = _mm512_mask_permutexvar_epi16(normal, is_tiny, size, tiny);
+    known = _mm512_mask_mov_epi16(known, is_none, _mm512_set1_epi16(0x7fc0));
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(all, 8), _mm512_set1_epi16(-32768));
+    return _mm512_or_si512(known, sign);
   }
   static float one(type x) { return F8::one(x); }
   static uint16_t unpacked(type x) { return uint16_t(bits<uint32_t>(F8::one(x)) >> 16); }
