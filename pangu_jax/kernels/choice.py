@@ -44,8 +44,8 @@ def choose(
         if wanted and why_not:
             raise NotImplementedError(why_not)
         if not why_not:
-            run = kernel.run if wanted else _there(kernel.run, kernel.platform, plain)
-            return run if kernel.has_gradient else with_gradient_of(plain, run)
+            run = kernel.run if kernel.has_gradient else with_gradient_of(plain, kernel.run)
+            return run if wanted else _there(run, kernel.platform, plain)
     return plain
 
 
